@@ -1,0 +1,77 @@
+"""The mathematics of the softmax, its loss and their derivatives, as plain tensor functions.
+
+Throughout, z (N, K) are the logits and S = softmax(z); y is the target distribution of each row
+and m = Σ_k y_k its mass; r (N,) is a weight for each row. A name that ends in an underscore says,
+as in torch, that the function writes into its first argument.
+"""
+
+import torch
+from torch import Tensor
+
+from ._targets import Targets
+
+
+def jacobian_product(softmax: Tensor, u: Tensor, dim: int) -> Tensor:
+    """The softmax's Jacobian, ∂S_j/∂z_i = S_i (δ_ij − S_j), times u; it is symmetric."""
+    # S ∘ u − S (S · u)
+    product = softmax * u
+    return product - softmax * product.sum(dim, keepdim=True)
+
+
+def losses_(z: Tensor, y: Targets) -> tuple[Tensor, Tensor]:
+    """The loss of each row, L = −Σ_k y_k log S_k, and Σ_j e^{z_j − max z}.
+
+    Leaves e^{z − max z} in `z`, from where `gradients_` goes on.
+    """
+    # S stays the same when max z is taken off every logit, and nothing overflows any more.
+    z -= z.amax(1, keepdim=True)
+    aligned = y.dot(z, skip_zeros=True)
+    total = z.exp_().sum(1)
+    # L = m log Σ_j e^{z_j} − y · z
+    return y.mass(z) * total.log() - aligned, total
+
+
+def gradients_(exponentials: Tensor, total: Tensor, y: Targets, r: Tensor) -> Tensor:
+    """The gradient of Σ_n r_n L_n: ∂L/∂z = m S − y, which is S − y where y sums to 1.
+
+    Takes what `losses_` leaves, S = exponentials / total, and overwrites it with r (m S − y).
+    """
+    exponentials *= (r * y.mass(exponentials) / total).unsqueeze(1)
+    return y.subtract_from_(exponentials, r)
+
+
+def target_gradients(z: Tensor, y: Targets, r: Tensor) -> Tensor:
+    """The gradient of Σ_n r_n L_n with respect to the given probabilities: ∂L/∂y = −log S."""
+    return y.push_forward(-torch.log_softmax(z, 1, dtype=r.dtype)) * r.unsqueeze(1)
+
+
+def curvature(
+    z: Tensor, y: Targets, r: Tensor, u: Tensor | None, dp: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Second order: the derivatives of Σ_n r_n D_n, with D_n the slope of row n's loss.
+
+    Along a change u of the logits and dp of the given probabilities (None for no change), with dy
+    the change of y that dp makes, D = Σ_k ∂L/∂z_k u_k + Σ_k ∂L/∂y_k dy_k.
+
+    Returns the derivatives of Σ_n r_n D_n with respect to
+        z, (N, K): the Hessian times u, and how S and y move with the target;
+        the given probabilities, (N, K), None for class indices;
+        r, (N,): D itself.
+    """
+    z = z.to(r.dtype)
+    u = torch.zeros_like(z) if u is None else u.to(r.dtype)
+    softmax = torch.softmax(z, 1)
+    expected = (softmax * u).sum(1)
+    mass = y.mass(z)
+    # D = m (S · u) − y · u − Σ_k dy_k log S_k
+    slope = mass * expected - y.dot(u)
+    # ∂D/∂z = m (S ∘ u − S (S · u)) + dm S − dy
+    along_z = mass.unsqueeze(1) * jacobian_product(softmax, u, 1)
+    if dp is not None:
+        dy = y.push_forward(dp.to(r.dtype))
+        slope = slope - (dy * torch.log_softmax(z, 1)).sum(1)
+        along_z = along_z + dy.sum(1, keepdim=True) * softmax - dy
+    # ∂D/∂y_k = S · u − u_k
+    along_y = expected.unsqueeze(1) - u if y.is_dense else None
+    row = r.unsqueeze(1)
+    return row * along_z, None if along_y is None else row * y.push_forward(along_y), slope

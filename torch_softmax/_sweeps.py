@@ -1,0 +1,143 @@
+"""The loops over chunks of rows of a linear layer's logits: loss, gradients and curvature."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _formulas as formulas
+from ._chunks import cached_slices, slices
+from ._targets import Targets
+
+
+class Needs(NamedTuple):
+    """Which derivatives are asked for; the others are neither computed nor allocated."""
+
+    x: bool
+    W: bool
+    b: bool
+    p: bool
+
+
+# With respect to x (N, D), W (K, D), b (K,) and the probabilities p (N, K); None where not needed.
+Derivatives = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _add_product_(total: Tensor, rows_by_class: Tensor, x: Tensor, *, first: bool) -> None:
+    """Add rows_by_classᵀ x to a total, whose content does not count for the first product."""
+    if total.dtype == x.dtype:
+        torch.addmm(total, rows_by_class.t(), x, beta=0 if first else 1, out=total)
+    elif x.is_cuda:
+        product = torch.mm(rows_by_class.t(), x, out_dtype=total.dtype)
+        total.copy_(product) if first else total.add_(product)
+    else:
+        wide = rows_by_class.t().to(total.dtype)
+        torch.addmm(total, wide, x.to(total.dtype), beta=0 if first else 1, out=total)
+
+
+def loss_and_gradients(
+    x: Tensor, W: Tensor, b: Tensor | None, y: Targets, r: Tensor, chunk_size: int, needs: Needs
+) -> tuple[Tensor, Derivatives]:
+    """The loss L_n of each row, (N,), and the gradient of Σ_n r_n L_n where it is needed.
+
+    z = x Wᵀ + b,  ∂L/∂z = m S − y,  ∂L/∂x = W ∂L/∂z,  ∂L/∂W = ∂L/∂z xᵀ,  ∂L/∂b = ∂L/∂z
+    """
+    count, classes = x.shape[0], W.shape[0]
+    losses = r.new_empty(count)
+    dx = x.new_empty(x.shape) if needs.x else None
+    dW = r.new_empty(W.shape) if needs.W else None
+    db = r.new_zeros(classes) if needs.b else None
+    dp = r.new_empty(count, classes) if needs.p else None
+    # Every chunk reuses one buffer: fresh memory costs a CPU more than the arithmetic done in it.
+    buffer = x.new_empty(min(chunk_size, count), classes)
+    for rows in slices(count, chunk_size):
+        z = torch.mm(x[rows], W.t(), out=buffer[: rows.stop - rows.start])
+        for block in cached_slices(z):
+            part = slice(rows.start + block.start, rows.start + block.stop)
+            y_part, r_part = y.rows(part), r[part]
+            wide = z[block].to(r.dtype)
+            if b is not None:
+                wide += b
+            if dp is not None:
+                dp[part] = formulas.target_gradients(wide, y_part, r_part)
+            losses[part], total = formulas.losses_(wide, y_part)
+            if needs.x or needs.W or needs.b:
+                formulas.gradients_(wide, total, y_part, r_part)
+                if db is not None:
+                    db += wide.sum(0)
+                if wide.dtype != z.dtype:
+                    z[block] = wide
+        if dx is not None:
+            torch.mm(z, W, out=dx[rows])
+        if dW is not None:
+            _add_product_(dW, z, x[rows], first=rows.start == 0)
+    return losses, (dx, dW, db, dp)
+
+
+def curvature(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    y: Targets,
+    r: Tensor,
+    ux: Tensor | None,
+    uW: Tensor | None,
+    ub: Tensor | None,
+    up: Tensor | None,
+    chunk_size: int,
+    needs: Needs,
+) -> tuple[Derivatives, Tensor]:
+    """Second order: the derivatives of Σ_n r_n D_n, with D_n the slope of L_n along (ux, ..., up).
+
+    The direction moves the logits by u = ux Wᵀ + x uWᵀ + ub. With g = r (m S − y) and h = ∂D/∂z,
+    ∂D/∂x = W h + uW g,  ∂D/∂W = h xᵀ + g uxᵀ,  ∂D/∂b = h;  and last, D itself, (N,).
+    """
+    count, classes = x.shape[0], W.shape[0]
+    slope = r.new_empty(count)
+    hx = x.new_empty(x.shape) if needs.x else None
+    hW = r.new_empty(W.shape) if needs.W else None
+    hb = r.new_zeros(classes) if needs.b else None
+    hp = r.new_empty(count, classes) if needs.p else None
+    needs_g = (needs.x and uW is not None) or (needs.W and ux is not None)
+    z_buffer = x.new_empty(min(chunk_size, count), classes)
+    u_buffer = torch.empty_like(z_buffer)
+    for rows in slices(count, chunk_size):
+        size = rows.stop - rows.start
+        z = torch.mm(x[rows], W.t(), out=z_buffer[:size])
+        u = u_buffer[:size]
+        if ux is None and uW is None:
+            u.zero_()
+        if ux is not None:
+            torch.mm(ux[rows], W.t(), out=u)
+        if uW is not None:
+            torch.addmm(u, x[rows], uW.t(), beta=0 if ux is None else 1, out=u)
+        for block in cached_slices(z):
+            part = slice(rows.start + block.start, rows.start + block.stop)
+            y_part, r_part = y.rows(part), r[part]
+            wide_z, wide_u = z[block].to(r.dtype), u[block].to(r.dtype)
+            if b is not None:
+                wide_z += b
+            if ub is not None:
+                wide_u += ub
+            moved = None if up is None else up[part]
+            along_z, along_p, slope[part] = formulas.curvature(
+                wide_z, y_part, r_part, wide_u, moved
+            )
+            if hp is not None and along_p is not None:
+                hp[part] = along_p
+            if hb is not None:
+                hb += along_z.sum(0)
+            u[block] = along_z
+            if needs_g:
+                _, total = formulas.losses_(wide_z, y_part)
+                z[block] = formulas.gradients_(wide_z, total, y_part, r_part)
+        h, g = u, z
+        if hx is not None:
+            torch.mm(h, W, out=hx[rows])
+            if uW is not None:
+                hx[rows].addmm_(g, uW)
+        if hW is not None:
+            _add_product_(hW, h, x[rows], first=rows.start == 0)
+            if ux is not None:
+                _add_product_(hW, g, ux[rows], first=False)
+    return (hx, hW, hb, hp), slope

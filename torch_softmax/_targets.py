@@ -1,0 +1,115 @@
+"""What the options of a loss mean: each is folded into a target distribution or a row weight."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """The target distribution of each row: y = scale ∘ p + floor.
+
+    p is one-hot for class indices, and else as given. With class weights w and label smoothing ε,
+    scale = (1 − ε) w and floor = ε w / K.
+    """
+
+    target: Tensor  # (N,) class indices in [0, K), or (N, K) probabilities
+    scale: Tensor | None  # (K,), None for 1
+    floor: Tensor | None  # (K,), None for 0
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether p is given in full."""
+        return self.target.is_floating_point()
+
+    def rows(self, rows: slice) -> "Targets":
+        """The targets of some rows."""
+        return self._replace(target=self.target[rows])
+
+    def push_forward(self, dp: Tensor) -> Tensor:
+        """Map dp to scale ∘ dp: what a change of p does to y, and (as y is linear in p) its own transpose."""
+        return dp if self.scale is None else dp * self.scale
+
+    def mass(self, like: Tensor) -> Tensor:
+        """m = Σ_k y_k, (N,), which is 1 for a distribution without class weights."""
+        if self.is_dense:
+            mass = self.push_forward(self.target.to(like.dtype)).sum(1)
+        elif self.scale is None:
+            return like.new_ones(like.shape[0])
+        else:
+            mass = self.scale[self.target]
+        return mass if self.floor is None else mass + self.floor.sum()
+
+    def dot(self, z: Tensor, *, skip_zeros: bool = False) -> Tensor:
+        """Σ_k y_k z_k, (N,); a class with p_k = 0 can be skipped, as z_k may be infinite there."""
+        if self.is_dense:
+            products = self.push_forward(self.target.to(z.dtype)) * z
+            if skip_zeros:
+                products.masked_fill_(self.target == 0, 0)
+            product = products.sum(1)
+        else:
+            product = z.gather(1, self.target.unsqueeze(1)).squeeze(1)
+            if self.scale is not None:
+                product = product * self.scale[self.target]
+        return product if self.floor is None else product + (z * self.floor).sum(1)
+
+    def subtract_from_(self, gradient: Tensor, r: Tensor) -> Tensor:
+        """Map gradient to gradient − r y, written into `gradient` (N, K)."""
+        if self.is_dense:
+            p = self.push_forward(self.target.to(gradient.dtype))
+            gradient.addcmul_(p, r.unsqueeze(1), value=-1)
+        else:
+            hot = r if self.scale is None else r * self.scale[self.target]
+            gradient.scatter_add_(1, self.target.unsqueeze(1), -hot.unsqueeze(1))
+        if self.floor is not None:
+            gradient.addr_(r, self.floor, alpha=-1)
+        return gradient
+
+
+class Rows(NamedTuple):
+    """The rows of a loss, with every option folded in."""
+
+    targets: Targets
+    keep: Tensor | None  # (N,) bool, False where the target is ignored; None where none can be
+    divisor: Tensor  # (), what a mean divides by: the weight of all targets together
+
+
+def fold_options(
+    target: Tensor,
+    classes: int,
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Rows:
+    """Fold the options of a loss, checked before, into its rows.
+
+    Args:
+        target: (N,) class indices, or (N, K) probabilities.
+        classes: K.
+        dtype: The dtype in which the loss is worked out.
+        weight, ignore_index, label_smoothing: As in `torch.nn.functional.cross_entropy`.
+    """
+    scale = floor = None
+    if weight is not None:
+        scale = weight = weight.to(dtype)
+    if label_smoothing:
+        if scale is None:
+            scale = torch.ones(classes, dtype=dtype, device=target.device)
+        floor = scale * (label_smoothing / classes)
+        scale = scale * (1 - label_smoothing)
+
+    if target.is_floating_point():
+        count = torch.full((), target.shape[0], dtype=dtype, device=target.device)
+        return Rows(Targets(target, scale, floor), None, count)
+    keep = target != ignore_index
+    target = target.long().masked_fill(~keep, 0)
+    # A mean over class indices divides by the class weights of the targets that it keeps.
+    weights = keep if weight is None else weight[target] * keep
+    return Rows(Targets(target, scale, floor), keep, weights.sum(dtype=dtype))
+
+
+def mean(total: Tensor, divisor: Tensor) -> Tensor:
+    """Divide total by divisor; over nothing, where the divisor is 0, it is nan and has the gradient 0."""
+    empty = divisor == 0
+    return (total / divisor.masked_fill(empty, 1)).masked_fill(empty, torch.nan)
