@@ -79,26 +79,27 @@ def target(
         shape("target", value, labels_shape, "for class indices")
 
 
-def labels(value: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise unless every class index lies in range.
+def labels(value: Tensor, classes: int, ignore_index: int) -> bool:
+    """Raise unless every class index lies in range; return whether some may be ignored.
 
-    Only where that can be seen without waiting: on a CPU, outside of a compiler and of vmap.
-    Elsewhere the kernels that gather by these indices check them.
+    That is looked at only where it can be seen without waiting, which is on a CPU, outside of a
+    compiler and of vmap. Elsewhere the kernels that gather by these indices check them.
     """
     if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
-        return
+        return True
     try:
         low, high = (int(bound) for bound in value.aminmax())
     except RuntimeError:  # under vmap, indices have no single value
-        return
+        return True
     if low >= 0 and high < classes:
-        return
+        return low <= ignore_index <= high
     outside = value[(value != ignore_index) & ((value < 0) | (value >= classes))]
     if outside.numel():
         raise ValueError(
             f"target must hold class indices in [0, {classes}) or ignore_index={ignore_index}, "
             f"got {int(outside[0])}"
         )
+    return True
 
 
 def linear_layer(input: object, linear_weight: object, linear_bias: object) -> None:

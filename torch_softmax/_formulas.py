@@ -18,26 +18,18 @@ def jacobian_product(softmax: Tensor, u: Tensor, dim: int) -> Tensor:
     return product - softmax * product.sum(dim, keepdim=True)
 
 
-def losses_(z: Tensor, y: Targets) -> tuple[Tensor, Tensor]:
-    """The loss of each row, L = −Σ_k y_k log S_k, and Σ_j e^{z_j − max z}.
-
-    Leaves e^{z − max z} in `z`, from where `gradients_` goes on.
-    """
-    # S stays the same when max z is taken off every logit, and nothing overflows any more.
-    z -= z.amax(1, keepdim=True)
-    aligned = y.dot(z, skip_zeros=True)
-    total = z.exp_().sum(1)
-    # L = m log Σ_j e^{z_j} − y · z
-    return y.mass(z) * total.log() - aligned, total
+def losses(z: Tensor, softmax: Tensor, y: Targets) -> Tensor:
+    """The loss of each row, L = −Σ_k y_k log S_k = m log Σ_j e^{z_j} − y · z, (N,)."""
+    # As log Σ_j e^{z_j} = max z − log max S, no exponential is taken again, and none overflows.
+    top = z.amax(1, keepdim=True)
+    return -y.mass(z) * softmax.amax(1).log() - y.dot(z, top)
 
 
-def gradients_(exponentials: Tensor, total: Tensor, y: Targets, r: Tensor) -> Tensor:
-    """The gradient of Σ_n r_n L_n: ∂L/∂z = m S − y, which is S − y where y sums to 1.
-
-    Takes what `losses_` leaves, S = exponentials / total, and overwrites it with r (m S − y).
-    """
-    exponentials *= (r * y.mass(exponentials) / total).unsqueeze(1)
-    return y.subtract_from_(exponentials, r)
+def gradients_(softmax: Tensor, y: Targets, r: Tensor) -> Tensor:
+    """The gradient of Σ_n r_n L_n, into S: ∂L/∂z = m S − y, which is S − y where y sums to 1."""
+    # r (m S − y)
+    softmax *= (r * y.mass(softmax)).unsqueeze(1)
+    return y.subtract_from_(softmax, r)
 
 
 def target_gradients(z: Tensor, y: Targets, r: Tensor) -> Tensor:

@@ -2,22 +2,45 @@
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 
+class _ByPosition(inspect.Signature):
+    """The signature of a forward that is given every argument by position.
+
+    Function.apply binds the arguments to the signature at every call, and to do that in general
+    costs more than the softmax of a small batch.
+    """
+
+    class Bound(NamedTuple):
+        args: tuple[Any, ...]
+        kwargs: dict[str, Any]
+
+        def apply_defaults(self) -> None:
+            """Leave the arguments as they are: none is missing."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the arguments as they come."""
+        return self.Bound(args, kwargs)
+
+
 def applier(function: type[Function]) -> Callable[..., Any]:
     """The plain function that applies an autograd Function, eagerly or while compiling."""
-    # Function.apply asks for this signature at every call, which costs more than a small softmax.
-    forward: Any = function.forward
-    forward.__signature__ = inspect.signature(forward)
-    # torch.compile refuses a Function that has a jvp, for which a compiled graph has no use.
+    # torch.compile refuses a Function that has a jvp, for which a compiled graph has no use, and
+    # goes by the signature that forward was written with.
     members = {name: member for name, member in vars(function).items() if name != "jvp"}
     without_jvp = type(function.__name__, (Function,), members)
+
+    forward: Any = function.forward
+    by_position: Any = types.FunctionType(forward.__code__, forward.__globals__)
+    by_position.__signature__ = _ByPosition()
+    function.forward = staticmethod(by_position)  # type: ignore[method-assign]
 
     def apply(*args: Any) -> Any:
         chosen: Any = without_jvp if torch.compiler.is_compiling() else function

@@ -35,6 +35,14 @@ def _add_product_(total: Tensor, rows_by_class: Tensor, x: Tensor, *, first: boo
         torch.addmm(total, wide, x.to(total.dtype), beta=0 if first else 1, out=total)
 
 
+def _logits(x: Tensor, W: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
+    """The logits x Wᵀ + b (N, K), in the buffer `out` where they are large."""
+    if W.shape[0] <= 32:  # with few classes, W xᵀ is the faster product
+        z = torch.mm(W, x.t()) if b is None else torch.addmm(b.unsqueeze(1), W, x.t())
+        return z.t()
+    return torch.mm(x, W.t(), out=out) if b is None else torch.addmm(b, x, W.t(), out=out)
+
+
 def loss_and_gradients(
     x: Tensor, W: Tensor, b: Tensor | None, y: Targets, r: Tensor, chunk_size: int, needs: Needs
 ) -> tuple[Tensor, Derivatives]:
@@ -51,22 +59,20 @@ def loss_and_gradients(
     # Every chunk reuses one buffer: fresh memory costs a CPU more than the arithmetic done in it.
     buffer = x.new_empty(min(chunk_size, count), classes)
     for rows in slices(count, chunk_size):
-        z = torch.mm(x[rows], W.t(), out=buffer[: rows.stop - rows.start])
+        z = _logits(x[rows], W, b, buffer[: rows.stop - rows.start])
         for block in cached_slices(z):
             part = slice(rows.start + block.start, rows.start + block.stop)
             y_part, r_part = y.rows(part), r[part]
             wide = z[block].to(r.dtype)
-            if b is not None:
-                wide += b
+            softmax = torch.softmax(wide, 1)
+            losses[part] = formulas.losses(wide, softmax, y_part)
             if dp is not None:
                 dp[part] = formulas.target_gradients(wide, y_part, r_part)
-            losses[part], total = formulas.losses_(wide, y_part)
             if needs.x or needs.W or needs.b:
-                formulas.gradients_(wide, total, y_part, r_part)
+                dz = formulas.gradients_(softmax, y_part, r_part)
                 if db is not None:
-                    db += wide.sum(0)
-                if wide.dtype != z.dtype:
-                    z[block] = wide
+                    db += dz.sum(0)
+                z[block] = dz
         if dx is not None:
             torch.mm(z, W, out=dx[rows])
         if dW is not None:
@@ -103,7 +109,7 @@ def curvature(
     u_buffer = torch.empty_like(z_buffer)
     for rows in slices(count, chunk_size):
         size = rows.stop - rows.start
-        z = torch.mm(x[rows], W.t(), out=z_buffer[:size])
+        z = _logits(x[rows], W, b, z_buffer[:size])
         u = u_buffer[:size]
         if ux is None and uW is None:
             u.zero_()
@@ -115,8 +121,6 @@ def curvature(
             part = slice(rows.start + block.start, rows.start + block.stop)
             y_part, r_part = y.rows(part), r[part]
             wide_z, wide_u = z[block].to(r.dtype), u[block].to(r.dtype)
-            if b is not None:
-                wide_z += b
             if ub is not None:
                 wide_u += ub
             moved = None if up is None else up[part]
@@ -129,8 +133,8 @@ def curvature(
                 hb += along_z.sum(0)
             u[block] = along_z
             if needs_g:
-                _, total = formulas.losses_(wide_z, y_part)
-                z[block] = formulas.gradients_(wide_z, total, y_part, r_part)
+                softmax = torch.softmax(wide_z, 1)
+                z[block] = formulas.gradients_(softmax, y_part, r_part)
         h, g = u, z
         if hx is not None:
             torch.mm(h, W, out=hx[rows])

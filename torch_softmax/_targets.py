@@ -27,11 +27,11 @@ class Targets(NamedTuple):
         return self._replace(target=self.target[rows])
 
     def push_forward(self, dp: Tensor) -> Tensor:
-        """Map dp to scale ∘ dp: what a change of p does to y, and (as y is linear in p) its own transpose."""
+        """What a change of p does to y, which is linear in p; and its own transpose."""
         return dp if self.scale is None else dp * self.scale
 
     def mass(self, like: Tensor) -> Tensor:
-        """m = Σ_k y_k, (N,), which is 1 for a distribution without class weights."""
+        """The mass Σ_k y_k, (N,), which is 1 for a distribution without class weights."""
         if self.is_dense:
             mass = self.push_forward(self.target.to(like.dtype)).sum(1)
         elif self.scale is None:
@@ -40,21 +40,24 @@ class Targets(NamedTuple):
             mass = self.scale[self.target]
         return mass if self.floor is None else mass + self.floor.sum()
 
-    def dot(self, z: Tensor, *, skip_zeros: bool = False) -> Tensor:
-        """Σ_k y_k z_k, (N,); a class with p_k = 0 can be skipped, as z_k may be infinite there."""
+    def dot(self, z: Tensor, top: Tensor | None = None) -> Tensor:
+        """Σ_k y_k z_k, (N,); or given `top` (N, 1), Σ_k y_k (z_k − top), where z_k may be −∞."""
         if self.is_dense:
-            products = self.push_forward(self.target.to(z.dtype)) * z
-            if skip_zeros:
-                products.masked_fill_(self.target == 0, 0)
+            p = self.push_forward(self.target.to(z.dtype))
+            # A class without probability adds nothing, but a 0 here would lose ∂(y · z)/∂p_k.
+            products = p * z if top is None else (p * (z - top)).masked_fill_(p == 0, 0)
             product = products.sum(1)
         else:
-            product = z.gather(1, self.target.unsqueeze(1)).squeeze(1)
+            hot = z.gather(1, self.target.unsqueeze(1))
+            product = (hot if top is None else hot - top).squeeze(1)
             if self.scale is not None:
                 product = product * self.scale[self.target]
-        return product if self.floor is None else product + (z * self.floor).sum(1)
+        if self.floor is not None:
+            product = product + ((z if top is None else z - top) * self.floor).sum(1)
+        return product
 
     def subtract_from_(self, gradient: Tensor, r: Tensor) -> Tensor:
-        """Map gradient to gradient − r y, written into `gradient` (N, K)."""
+        """Take r y off a gradient (N, K), in place."""
         if self.is_dense:
             p = self.push_forward(self.target.to(gradient.dtype))
             gradient.addcmul_(p, r.unsqueeze(1), value=-1)
@@ -79,16 +82,13 @@ def fold_options(
     classes: int,
     dtype: torch.dtype,
     weight: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
     label_smoothing: float,
 ) -> Rows:
     """Fold the options of a loss, checked before, into its rows.
 
-    Args:
-        target: (N,) class indices, or (N, K) probabilities.
-        classes: K.
-        dtype: The dtype in which the loss is worked out.
-        weight, ignore_index, label_smoothing: As in `torch.nn.functional.cross_entropy`.
+    The target is (N,) class indices or (N, K) probabilities, the dtype that of the work, and the
+    options are those of `torch.nn.functional.cross_entropy`, with None to ignore no row.
     """
     scale = floor = None
     if weight is not None:
@@ -99,17 +99,24 @@ def fold_options(
         floor = scale * (label_smoothing / classes)
         scale = scale * (1 - label_smoothing)
 
-    if target.is_floating_point():
-        count = torch.full((), target.shape[0], dtype=dtype, device=target.device)
-        return Rows(Targets(target, scale, floor), None, count)
-    keep = target != ignore_index
-    target = target.long().masked_fill(~keep, 0)
-    # A mean over class indices divides by the class weights of the targets that it keeps.
-    weights = keep if weight is None else weight[target] * keep
-    return Rows(Targets(target, scale, floor), keep, weights.sum(dtype=dtype))
+    keep = None
+    if not target.is_floating_point():
+        target = target.long()
+        if ignore_index is not None:
+            keep = target != ignore_index
+            target = target.masked_fill(~keep, 0)
+    # A mean divides by the class weights of the targets that it keeps, but for probabilities.
+    if weight is not None and not target.is_floating_point():
+        weights = weight[target]
+        divisor = (weights if keep is None else weights * keep).sum()
+    elif keep is not None:
+        divisor = keep.sum(dtype=dtype)
+    else:
+        divisor = torch.full((), target.shape[0], dtype=dtype, device=target.device)
+    return Rows(Targets(target, scale, floor), keep, divisor)
 
 
 def mean(total: Tensor, divisor: Tensor) -> Tensor:
-    """Divide total by divisor; over nothing, where the divisor is 0, it is nan and has the gradient 0."""
+    """Divide a total by a divisor; the mean over nothing (0) is nan, and has the gradient 0."""
     empty = divisor == 0
     return (total / divisor.masked_fill(empty, 1)).masked_fill(empty, torch.nan)

@@ -180,7 +180,7 @@ class LinearCrossEntropyCurvature(Function):
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
         function, at = _curvature_of(ctx.saved_tensors, wanted, given)
-        _, pull_back = torch.func.vjp(function, *at)
+        pull_back: Any = torch.func.vjp(function, *at)[1]
         gradients = pull_back(tuple(cotangents[i] for i in given))
         return tuple(_replaced([None] * 16, wanted, gradients))
 
@@ -190,7 +190,7 @@ class LinearCrossEntropyCurvature(Function):
         moved = [i for i, tangent in enumerate(tangents) if tangent is not None]
         present = [i for i, needed in enumerate((*ctx.needs, True)) if needed]
         function, at = _curvature_of(saved, moved, present)
-        _, along = torch.func.jvp(function, at, tuple(tangents[i] for i in moved))
+        along = torch.func.jvp(function, at, tuple(tangents[i] for i in moved))[1]
         return tuple(_replaced([None] * 5, present, along))
 
     @staticmethod
@@ -236,7 +236,7 @@ def curvature_by_logits(
     for name, value in at.items():
         direction = moved.get(name)
         directions[name] = torch.zeros_like(value) if direction is None else direction
-    _, along = torch.func.jvp(torch.func.grad(total), (at,), (directions,))
+    along: Any = torch.func.jvp(torch.func.grad(total), (at,), (directions,))[1]
     return along["x"], along["W"], along.get("b"), along.get("p"), along["r"]
 
 
@@ -345,15 +345,14 @@ def linear_cross_entropy(
         logits = linear(x, W.flatten(0, -2), flat_bias).unflatten(1, (classes, *extra))
         return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
 
+    ignored = None
     if target.is_floating_point():
         target = target.reshape(-1, classes)
     else:
-        checks.labels(target, classes, ignore_index)
+        ignored = ignore_index if checks.labels(target, classes, ignore_index) else None
         target = target.reshape(-1)
     accumulate = accumulation_dtype(dtype)
-    y, keep, divisor = fold_options(
-        target, classes, accumulate, weight, ignore_index, label_smoothing
-    )
+    y, keep, divisor = fold_options(target, classes, accumulate, weight, ignored, label_smoothing)
     r = x.new_ones(x.shape[0], dtype=accumulate) if keep is None else keep.to(accumulate)
     divisors = {"mean": divisor, "sum": torch.ones_like(divisor), "none": None}
     take = [reduction != "none" and _takes_gradient(t) for t in (x, W, b, target)]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -20,8 +21,8 @@ class CrossEntropyFunction(Function):
         y = Targets(target, scale, floor)
         losses = z.new_empty(z.shape[0], dtype=accumulation_dtype(z.dtype))
         for rows in cached_slices(z):
-            scratch = z[rows].to(losses.dtype, copy=True)
-            losses[rows], _ = formulas.losses_(scratch, y.rows(rows))
+            wide = z[rows].to(losses.dtype)
+            losses[rows] = formulas.losses(wide, torch.softmax(wide, 1), y.rows(rows))
         return losses
 
     @staticmethod
@@ -65,13 +66,8 @@ class CrossEntropyGradient(Function):
         dp = target.new_empty(target.shape) if needs_p else None
         for rows in cached_slices(z):
             if dz is not None:
-                # Worked out where it is returned, unless its dtype is too narrow for that.
-                result = dz[rows].copy_(z[rows])
-                scratch = result.to(r.dtype)
-                _, total = formulas.losses_(scratch, y.rows(rows))
-                formulas.gradients_(scratch, total, y.rows(rows), r[rows])
-                if scratch is not result:
-                    result.copy_(scratch)
+                softmax = torch.softmax(z[rows], 1, dtype=r.dtype)
+                dz[rows] = formulas.gradients_(softmax, y.rows(rows), r[rows])
             if dp is not None:
                 dp[rows] = formulas.target_gradients(z[rows], y.rows(rows), r[rows])
         return dz, dp
@@ -163,15 +159,15 @@ def cross_entropy(
     shape, classes = z.shape[:-1], z.shape[-1]
     checks.options(classes, weight, ignore_index, reduction, label_smoothing)
     checks.target(target, shape, input.shape)
+    ignored = None
     if target.is_floating_point():
         target = target.movedim(class_dim, -1).reshape(-1, classes)
     else:
-        checks.labels(target, classes, ignore_index)
+        ignored = ignore_index if checks.labels(target, classes, ignore_index) else None
         target = target.reshape(-1)
 
-    y, keep, divisor = fold_options(
-        target, classes, accumulation_dtype(input.dtype), weight, ignore_index, label_smoothing
-    )
+    dtype = accumulation_dtype(input.dtype)
+    y, keep, divisor = fold_options(target, classes, dtype, weight, ignored, label_smoothing)
     losses: Tensor = row_losses(z.reshape(-1, classes), *y)
     if keep is not None:
         losses = losses.masked_fill(~keep, 0)
