@@ -9,7 +9,7 @@ from torch.autograd import Function
 from torch.nn.functional import linear
 
 from . import _checks as checks
-from ._chunks import accumulation_dtype, loss_dtype
+from ._chunks import accumulation_dtype, loss_dtype, slices
 from ._functions import applier, loop_over_batch, nested_forward_mode
 from ._sweeps import Derivatives, Needs, curvature, loss_and_gradients
 from ._targets import Targets, fold_options
@@ -170,28 +170,37 @@ class LinearCrossEntropyCurvature(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:11])
         ctx.save_for_forward(*inputs[:11])
-        ctx.needs = inputs[12:]
+        ctx.chunk_size, *ctx.needs = inputs[11:]
         ctx.set_materialize_grads(False)
 
-    # What follows is third order, or forward mode twice.
+    # What follows is third order, or forward mode twice: from the logits loss, chunk by chunk.
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
-        function, at = _curvature_of(ctx.saved_tensors, wanted, given)
-        pull_back: Any = torch.func.vjp(function, *at)[1]
-        gradients = pull_back(tuple(cotangents[i] for i in given))
-        return tuple(_replaced([None] * 16, wanted, gradients))
+        parts = []
+        for rows in slices(len(saved[0]), ctx.chunk_size):
+            function, at = _curvature_of(_of_rows(saved, _ROW_INPUTS, rows), wanted, given)
+            pull_back: Any = torch.func.vjp(function, *at)[1]
+            part = _of_rows(cotangents, _ROW_OUTPUTS, rows)
+            parts.append(pull_back(tuple(part[i] for i in given)))
+        joined = _joined(parts, [i in _ROW_INPUTS for i in wanted])
+        return tuple(_replaced([None] * 16, wanted, joined))
 
     @staticmethod
     @nested_forward_mode
     def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
         moved = [i for i, tangent in enumerate(tangents) if tangent is not None]
         present = [i for i, needed in enumerate((*ctx.needs, True)) if needed]
-        function, at = _curvature_of(saved, moved, present)
-        along = torch.func.jvp(function, at, tuple(tangents[i] for i in moved))[1]
-        return tuple(_replaced([None] * 5, present, along))
+        parts = []
+        for rows in slices(len(saved[0]), ctx.chunk_size):
+            function, at = _curvature_of(_of_rows(saved, _ROW_INPUTS, rows), moved, present)
+            part = _of_rows(tangents, _ROW_INPUTS, rows)
+            parts.append(torch.func.jvp(function, at, tuple(part[i] for i in moved))[1])
+        joined = _joined(parts, [i in _ROW_OUTPUTS for i in present])
+        return tuple(_replaced([None] * 5, present, joined))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -219,7 +228,7 @@ def curvature_by_logits(
     ub: Tensor | None,
     up: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The same as `curvature`, but itself differentiable to any order; it holds the logits."""
+    """The same as `curvature`, but itself differentiable to any order; it holds its logits."""
     at: dict[str, Tensor] = {"x": x, "W": W, "r": r}
     if b is not None:
         at["b"] = b
@@ -253,6 +262,24 @@ def _curvature_of(
     return function, tuple(saved[i] for i in inputs)
 
 
+# The inputs and outputs of LinearCrossEntropyCurvature that have a row for each row of x.
+_ROW_INPUTS = (0, 3, 6, 7, 10)
+_ROW_OUTPUTS = (0, 3, 4)
+
+
+def _of_rows(tensors: Any, row_wise: tuple[int, ...], rows: slice) -> list[Any]:
+    """Some rows of those tensors that are row-wise, and the others whole."""
+    return [t[rows] if i in row_wise and t is not None else t for i, t in enumerate(tensors)]
+
+
+def _joined(parts: list[Any], row_wise: list[bool]) -> list[Tensor]:
+    """The results of all chunks: those of rows one after another, the others added up."""
+    return [
+        torch.cat(chunks) if of_rows else functools.reduce(torch.add, chunks)
+        for chunks, of_rows in zip(zip(*parts, strict=True), row_wise, strict=True)
+    ]
+
+
 def _replaced(values: Any, positions: list[int], replacements: Any) -> list[Any]:
     """A list of values, of which those at some positions are replaced."""
     result = list(values)
@@ -284,9 +311,8 @@ def linear_cross_entropy(
 
     The same as `cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`, with
     z = x Wᵀ + b, S = softmax(z), ∂L/∂x = Wᵀ(S − y) and ∂L/∂W = (S − y) xᵀ, in memory for
-    `chunk_size` rows of logits. All derivatives up to the second order stay as small: double
-    backward, Hessian-vector products, forward mode and `torch.func`. The third order is exact too,
-    but holds the logits.
+    `chunk_size` rows of logits. Double backward, Hessian-vector products, forward mode and
+    `torch.func` are computed in chunks as well, up to the third order.
 
     Args:
         input: x, (D) or (..., D) with any leading dimensions, of a floating-point dtype.
