@@ -11,11 +11,15 @@ from torch import Tensor
 from ._targets import Targets
 
 
+def centred(softmax: Tensor, u: Tensor, dim: int) -> Tensor:
+    """What is left of u without its mean under S, u − S · u."""
+    return u - (softmax * u).sum(dim, keepdim=True)
+
+
 def jacobian_product(softmax: Tensor, u: Tensor, dim: int) -> Tensor:
     """The softmax's Jacobian, ∂S_j/∂z_i = S_i (δ_ij − S_j), times u; it is symmetric."""
-    # S ∘ u − S (S · u)
-    product = softmax * u
-    return product - softmax * product.sum(dim, keepdim=True)
+    # S ∘ u − S (S · u) = S ∘ (u − S · u)
+    return softmax * centred(softmax, u, dim)
 
 
 def losses(z: Tensor, softmax: Tensor, y: Targets) -> Tensor:
@@ -53,17 +57,15 @@ def curvature(
     z = z.to(r.dtype)
     u = torch.zeros_like(z) if u is None else u.to(r.dtype)
     softmax = torch.softmax(z, 1)
-    expected = (softmax * u).sum(1)
-    mass = y.mass(z)
-    # D = m (S · u) − y · u − Σ_k dy_k log S_k
-    slope = mass * expected - y.dot(u)
-    # ∂D/∂z = m (S ∘ u − S (S · u)) + dm S − dy
-    along_z = mass.unsqueeze(1) * jacobian_product(softmax, u, 1)
+    mass, row = y.mass(z).unsqueeze(1), r.unsqueeze(1)
+    # ∂D/∂y = S · u − u, and D = m (S · u) − y · u is y · ∂D/∂y, for y sums to m.
+    along_y = -centred(softmax, u, 1)
+    slope = y.dot(along_y)
+    # ∂D/∂z = m (S ∘ u − S (S · u)) = −m S ∘ ∂D/∂y
+    along_z = -(row * mass) * (softmax * along_y)
     if dp is not None:
+        # D = … − Σ_k dy_k log S_k, which adds dm S − dy to ∂D/∂z.
         dy = y.push_forward(dp.to(r.dtype))
         slope = slope - (dy * torch.log_softmax(z, 1)).sum(1)
-        along_z = along_z + dy.sum(1, keepdim=True) * softmax - dy
-    # ∂D/∂y_k = S · u − u_k
-    along_y = expected.unsqueeze(1) - u if y.is_dense else None
-    row = r.unsqueeze(1)
-    return row * along_z, None if along_y is None else row * y.push_forward(along_y), slope
+        along_z = along_z + row * (dy.sum(1, keepdim=True) * softmax - dy)
+    return along_z, row * y.push_forward(along_y) if y.is_dense else None, slope

@@ -18,6 +18,8 @@ from .logits_loss import cross_entropy, row_losses
 # The Functions take these first, which together say Σ_n r_n L_n:
 #   x (N, D), W (K, D), b (K) or None, then target, scale and floor as in Targets, and r (N).
 
+_NOTHING: Derivatives = (None, None, None, None)
+
 
 class LinearCrossEntropyFunction(Function):
     """Σ_n r_n L_n / divisor, or r_n L_n for each row where the divisor is None.
@@ -58,23 +60,26 @@ class LinearCrossEntropyFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> Any:
-        nothing = (None,) * 9
+        rest = (None,) * 9
         if upstream is None:
-            return *nothing[:4], *nothing
+            return *rest[:4], *rest
         *at, r, divisor = ctx.saved_tensors
         options = ctx.chunk_size, *ctx.needs_input_grad[:4]
         if divisor is None:
-            return *linear_gradients(*at, r * upstream, *options), *nothing
+            return *linear_gradients(*at, r * upstream, *options, *_NOTHING), *rest
         scale = _over(upstream, divisor)
+        taken, needed = ctx.gradients, ctx.needs_input_grad
+        if any(need and g is None for g, need in zip(taken, needed[:4], strict=True)):
+            taken = _NOTHING
         if torch.is_grad_enabled():  # for a further derivative, which starts from the inputs
-            gradients = linear_gradients(*at, r, *options)
-            return *(None if g is None else g * scale for g in gradients), *nothing
+            gradients = linear_gradients(*at, r, *options, *taken)
+            return *(None if g is None else g * scale for g in gradients), *rest
         # The first backward scales in place what the forward pass took along, and gives it away.
         # A second one works it out anew.
-        taken, ctx.gradients = ctx.gradients, nothing[:4]
-        if any(g is None for g, needed in zip(taken, options[1:], strict=True) if needed):
-            taken = linear_gradients(*at, r, *options)
-        return *(None if g is None else g.mul_(scale) for g in taken), *nothing
+        ctx.gradients = _NOTHING
+        if taken is _NOTHING:
+            taken = linear_gradients(*at, r, *options, *_NOTHING)
+        return *(None if g is None else g.mul_(scale) for g in taken), *rest
 
     @staticmethod
     @nested_forward_mode
@@ -90,7 +95,10 @@ class LinearCrossEntropyFunction(Function):
 
 
 class LinearCrossEntropyGradient(Function):
-    """The gradient of Σ_n r_n L_n, as far as it is needed."""
+    """The gradient of Σ_n r_n L_n, as far as it is needed; or a copy where it was taken before.
+
+    Either way its own derivatives come from the inputs.
+    """
 
     @staticmethod
     def forward(
@@ -106,7 +114,15 @@ class LinearCrossEntropyGradient(Function):
         needs_W: bool,
         needs_b: bool,
         needs_p: bool,
+        dx: Tensor | None,
+        dW: Tensor | None,
+        db: Tensor | None,
+        dp: Tensor | None,
     ) -> Derivatives:
+        taken = dx, dW, db, dp
+        if any(g is not None for g in taken):
+            dx, dW, db, dp = (None if g is None else g.clone() for g in taken)
+            return dx, dW, db, dp
         y, needs = Targets(target, scale, floor), Needs(needs_x, needs_W, needs_b, needs_p)
         _, gradients = loss_and_gradients(x, W, b, y, r, chunk_size, needs)
         return gradients
@@ -115,14 +131,14 @@ class LinearCrossEntropyGradient(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:7])
         ctx.save_for_forward(*inputs[:7])
-        _, *ctx.options = inputs[6:]
+        ctx.options = inputs[7:12]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *direction: Tensor | None) -> Any:
         chunk_size, needs = ctx.options[0], ctx.needs_input_grad[:4]
         *along, slope = linear_curvature(*ctx.saved_tensors, *direction, chunk_size, *needs)
-        return *along, None, None, slope, *[None] * 5
+        return *along, None, None, slope, *[None] * 9
 
     @staticmethod
     @nested_forward_mode
@@ -132,7 +148,7 @@ class LinearCrossEntropyGradient(Function):
         dr = tangents[6]
         if dr is None:
             return tuple(along)
-        more = linear_gradients(*saved[:6], dr, *ctx.options)  # the gradient is linear in r
+        more = linear_gradients(*saved[:6], dr, *ctx.options, *_NOTHING)  # it is linear in r
         return tuple(None if m is None else a + m for a, m in zip(along, more, strict=True))
 
     @staticmethod
