@@ -23,16 +23,11 @@ class Needs(NamedTuple):
 Derivatives = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _add_product_(total: Tensor, rows_by_class: Tensor, x: Tensor, *, first: bool) -> None:
-    """Add rows_by_classᵀ x to a total, whose content does not count for the first product."""
-    if total.dtype == x.dtype:
-        torch.addmm(total, rows_by_class.t(), x, beta=0 if first else 1, out=total)
-    elif x.is_cuda:
-        product = torch.mm(rows_by_class.t(), x, out_dtype=total.dtype)
-        total.copy_(product) if first else total.add_(product)
-    else:
-        wide = rows_by_class.t().to(total.dtype)
-        torch.addmm(total, wide, x.to(total.dtype), beta=0 if first else 1, out=total)
+def _multiply_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Write the product a b into `out`."""
+    if torch.compiler.is_compiling():  # an exported graph may be differentiated, unlike `out=`
+        return out.copy_(a @ b)
+    return torch.mm(a, b, out=out)
 
 
 def _logits(x: Tensor, W: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
@@ -40,7 +35,16 @@ def _logits(x: Tensor, W: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
     if W.shape[0] <= 32:  # with few classes, W xᵀ is the faster product
         z = torch.mm(W, x.t()) if b is None else torch.addmm(b.unsqueeze(1), W, x.t())
         return z.t()
-    return torch.mm(x, W.t(), out=out) if b is None else torch.addmm(b, x, W.t(), out=out)
+    return _multiply_(out, x, W.t()) if b is None else out.copy_(b).addmm_(x, W.t())
+
+
+def _add_product_(total: Tensor, rows_by_class: Tensor, x: Tensor) -> None:
+    """Add rows_by_classᵀ x to a total, in the dtype of the total."""
+    a = rows_by_class.t()
+    if total.dtype != x.dtype and x.is_cuda:  # has products of half precision in float32
+        total += torch.mm(a, x, out_dtype=total.dtype)
+    else:
+        total.addmm_(a.to(total.dtype), x.to(total.dtype))
 
 
 def loss_and_gradients(
@@ -53,7 +57,7 @@ def loss_and_gradients(
     count, classes = x.shape[0], W.shape[0]
     losses = r.new_empty(count)
     dx = x.new_empty(x.shape) if needs.x else None
-    dW = r.new_empty(W.shape) if needs.W else None
+    dW = r.new_zeros(W.shape) if needs.W else None
     db = r.new_zeros(classes) if needs.b else None
     dp = r.new_empty(count, classes) if needs.p else None
     # Every chunk reuses one buffer: fresh memory costs a CPU more than the arithmetic done in it.
@@ -74,9 +78,9 @@ def loss_and_gradients(
                     db += dz.sum(0)
                 z[block] = dz
         if dx is not None:
-            torch.mm(z, W, out=dx[rows])
+            _multiply_(dx[rows], z, W)
         if dW is not None:
-            _add_product_(dW, z, x[rows], first=rows.start == 0)
+            _add_product_(dW, z, x[rows])
     return losses, (dx, dW, db, dp)
 
 
@@ -101,7 +105,7 @@ def curvature(
     count, classes = x.shape[0], W.shape[0]
     slope = r.new_empty(count)
     hx = x.new_empty(x.shape) if needs.x else None
-    hW = r.new_empty(W.shape) if needs.W else None
+    hW = r.new_zeros(W.shape) if needs.W else None
     hb = r.new_zeros(classes) if needs.b else None
     hp = r.new_empty(count, classes) if needs.p else None
     needs_g = (needs.x and uW is not None) or (needs.W and ux is not None)
@@ -109,14 +113,11 @@ def curvature(
     u_buffer = torch.empty_like(z_buffer)
     for rows in slices(count, chunk_size):
         size = rows.stop - rows.start
-        z = _logits(x[rows], W, b, z_buffer[:size])
-        u = u_buffer[:size]
-        if ux is None and uW is None:
-            u.zero_()
+        z, u = _logits(x[rows], W, b, z_buffer[:size]), u_buffer[:size].zero_()
         if ux is not None:
-            torch.mm(ux[rows], W.t(), out=u)
+            u.addmm_(ux[rows], W.t())
         if uW is not None:
-            torch.addmm(u, x[rows], uW.t(), beta=0 if ux is None else 1, out=u)
+            u.addmm_(x[rows], uW.t())
         for block in cached_slices(z):
             part = slice(rows.start + block.start, rows.start + block.stop)
             y_part, r_part = y.rows(part), r[part]
@@ -137,11 +138,11 @@ def curvature(
                 z[block] = formulas.gradients_(softmax, y_part, r_part)
         h, g = u, z
         if hx is not None:
-            torch.mm(h, W, out=hx[rows])
+            _multiply_(hx[rows], h, W)
             if uW is not None:
                 hx[rows].addmm_(g, uW)
         if hW is not None:
-            _add_product_(hW, h, x[rows], first=rows.start == 0)
+            _add_product_(hW, h, x[rows])
             if ux is not None:
-                _add_product_(hW, g, ux[rows], first=False)
+                _add_product_(hW, g, ux[rows])
     return (hx, hW, hb, hp), slope

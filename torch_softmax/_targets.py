@@ -116,7 +116,10 @@ def fold_options(
     return Rows(Targets(target, scale, floor), keep, divisor)
 
 
-def mean(total: Tensor, divisor: Tensor) -> Tensor:
-    """Divide a total by a divisor; the mean over nothing (0) is nan, and has the gradient 0."""
+def divide(total: Tensor, divisor: Tensor, *, by_zero: float) -> Tensor:
+    """Divide a total by a divisor, with a result of one's choice for a divisor of 0.
+
+    Then all derivatives are 0, for nothing was added up.
+    """
     empty = divisor == 0
-    return (total / divisor.masked_fill(empty, 1)).masked_fill(empty, torch.nan)
+    return (total / divisor.masked_fill(empty, 1)).masked_fill(empty, by_zero)

@@ -1,5 +1,6 @@
 """Cross-entropy of given logits: its gradient S − y and its Hessian, both in closed form."""
 
+from math import nan
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from . import _checks as checks
 from . import _formulas as formulas
 from ._chunks import accumulation_dtype, cached_slices, loss_dtype
 from ._functions import applier, fold_batch_into_rows, nested_forward_mode
-from ._targets import Targets, fold_options, mean
+from ._targets import Targets, divide, fold_options
 
 
 class CrossEntropyFunction(Function):
@@ -174,5 +175,5 @@ def cross_entropy(
     if reduction == "none":
         loss = losses.reshape(shape)
     else:
-        loss = losses.sum() if reduction == "sum" else mean(losses.sum(), divisor)
+        loss = losses.sum() if reduction == "sum" else divide(losses.sum(), divisor, by_zero=nan)
     return loss.to(loss_dtype(input))

@@ -8,6 +8,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from . import _formulas as formulas
+from ._chunks import accumulation_dtype
 from ._functions import applier, nested_forward_mode
 
 
@@ -28,14 +29,18 @@ class SoftmaxFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (softmax,) = ctx.saved_tensors
-        return formulas.jacobian_product(softmax, gradient, ctx.dim), None
+        return _jacobian_product(ctx.saved_tensors, gradient, ctx.dim), None
 
     @staticmethod
     @nested_forward_mode
     def jvp(ctx: Any, saved: Any, tangent: Tensor, _: None) -> Tensor:
-        (softmax,) = saved
-        return formulas.jacobian_product(softmax, tangent, ctx.dim)
+        return _jacobian_product(saved, tangent, ctx.dim)
+
+
+def _jacobian_product(saved: Any, u: Tensor, dim: int) -> Tensor:
+    (softmax,) = saved
+    wide = accumulation_dtype(softmax.dtype)
+    return formulas.jacobian_product(softmax.to(wide), u.to(wide), dim).to(softmax.dtype)
 
 
 _softmax = applier(SoftmaxFunction)

@@ -1,0 +1,38 @@
+"""What every test starts from: a fixed seed, one thread, and torch's own warnings set aside."""
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    # Torch scripts its formulas for forward mode when they are first asked for.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:FutureWarning")
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    # Tensors as small as these take ten times as long where threads share them.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
