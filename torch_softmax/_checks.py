@@ -46,9 +46,9 @@ def options(
 ) -> None:
     """Raise unless the options of a loss are sound, for a number of classes where that is known."""
     one_of("reduction", reduction, REDUCTIONS)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | None):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, type(None))):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if not isinstance(label_smoothing, int | float):
+    if not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing must be a float, got {label_smoothing!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")

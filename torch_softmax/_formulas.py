@@ -68,4 +68,4 @@ def curvature(
         dy = y.push_forward(dp.to(r.dtype))
         slope = slope - (dy * torch.log_softmax(z, 1)).sum(1)
         along_z = along_z + row * (dy.sum(1, keepdim=True) * softmax - dy)
-    return along_z, row * y.push_forward(along_y) if y.is_dense else None, slope
+    return along_z, row * y.push_forward(along_y) if y.is_dense() else None, slope

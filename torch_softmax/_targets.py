@@ -17,14 +17,13 @@ class Targets(NamedTuple):
     scale: Tensor | None  # (K,), None for 1
     floor: Tensor | None  # (K,), None for 0
 
-    @property
     def is_dense(self) -> bool:
         """Whether p is given in full."""
         return self.target.is_floating_point()
 
     def rows(self, rows: slice) -> "Targets":
         """The targets of some rows."""
-        return self._replace(target=self.target[rows])
+        return Targets(self.target[rows], self.scale, self.floor)
 
     def push_forward(self, dp: Tensor) -> Tensor:
         """What a change of p does to y, which is linear in p; and its own transpose."""
@@ -32,7 +31,7 @@ class Targets(NamedTuple):
 
     def mass(self, like: Tensor) -> Tensor:
         """The mass Σ_k y_k, (N,), which is 1 for a distribution without class weights."""
-        if self.is_dense:
+        if self.is_dense():
             mass = self.push_forward(self.target.to(like.dtype)).sum(1)
         elif self.scale is None:
             return like.new_ones(like.shape[0])
@@ -42,7 +41,7 @@ class Targets(NamedTuple):
 
     def dot(self, z: Tensor, top: Tensor | None = None) -> Tensor:
         """Σ_k y_k z_k, (N,); or given `top` (N, 1), Σ_k y_k (z_k − top), where z_k may be −∞."""
-        if self.is_dense:
+        if self.is_dense():
             p = self.push_forward(self.target.to(z.dtype))
             # A class without probability adds nothing, but a 0 here would lose ∂(y · z)/∂p_k.
             products = p * z if top is None else (p * (z - top)).masked_fill_(p == 0, 0)
@@ -58,7 +57,7 @@ class Targets(NamedTuple):
 
     def subtract_from_(self, gradient: Tensor, r: Tensor) -> Tensor:
         """Take r y off a gradient (N, K), in place."""
-        if self.is_dense:
+        if self.is_dense():
             p = self.push_forward(self.target.to(gradient.dtype))
             gradient.addcmul_(p, r.unsqueeze(1), value=-1)
         else:

@@ -248,7 +248,7 @@ def curvature_by_logits(
     at: dict[str, Tensor] = {"x": x, "W": W, "r": r}
     if b is not None:
         at["b"] = b
-    if y.is_dense:
+    if y.is_dense():
         at["p"] = y.target
     moved = {"x": ux, "W": uW, "b": ub, "p": up}
 

@@ -26,8 +26,8 @@ class SoftmaxRegression(nn.Linear):
         >>> model = SoftmaxRegression(2, 3)
         >>> model(torch.zeros(5, 2)).shape
         torch.Size([5, 3])
-        >>> model.predict_proba(torch.zeros(5, 2)).sum(1)
-        tensor([1., 1., 1., 1., 1.], grad_fn=<SumBackward1>)
+        >>> model.predict(torch.zeros(5, 2)).dtype
+        torch.int64
 
     Source: Bishop, Pattern Recognition and Machine Learning (2006), section 4.3.4.
     """
