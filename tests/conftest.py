@@ -36,3 +36,12 @@ def fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+def pytest_collection_modifyitems(items):
+    # Eagerly all is tested on the oldest torch; whole-graph compilation needs a recent one.
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):
+        return
+    for item in items:
+        if "compile" in item.name or "export" in item.name:
+            item.add_marker(pytest.mark.skip(reason="whole graphs are tested with torch 2.14"))
