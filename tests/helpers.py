@@ -38,8 +38,9 @@ def randn(*shape, dtype=torch.float64):
 def random_target(kind, shape, classes, class_dim=-1):
     """Class indices of a shape, the first ignored if so asked; or probabilities, (*shape, C)."""
     if kind == "probabilities":
-        # Their sum is not 1, which the losses must not take for granted.
+        # Their sum is not 1 and some are 0, and the losses must take neither for granted.
         p = torch.rand(*shape, classes, dtype=torch.float64)
+        p[..., 0] *= torch.rand(shape) < 0.5
         return p.movedim(-1, class_dim).contiguous().requires_grad_()
     target = torch.randint(classes, shape)
     if kind == "ignored":
@@ -89,8 +90,14 @@ def assert_differentiable(function, *inputs, fast_mode=False):
 
 
 def upstream_like(loss):
-    """A gradient to send back into a loss, which tells its elements apart."""
-    return torch.linspace(-1, 2, loss.numel() + 1, dtype=loss.dtype)[1:].reshape(loss.shape)
+    """A gradient to send back into a loss, of numbers that every dtype holds exactly."""
+    return ((torch.arange(loss.numel()) % 8 - 3.5) / 4).to(loss.dtype).reshape(loss.shape)
+
+
+def directions_like(tensors, seed):
+    """A random direction for each tensor, of numbers that every dtype holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randint(-8, 9, t.shape, generator=generator) / 4).to(t.dtype) for t in tensors]
 
 
 def loss_and_gradients(function, *inputs):
@@ -132,11 +139,9 @@ def slope(function, inputs, modes):
     The modes are 'forward' and 'reverse' of torch.func, and the 'backward' of autograd, which does
     not mix with them. Whatever they are, the number is the same.
     """
-    generator = torch.Generator().manual_seed(1)
     function, inputs = of_differentiable(function, inputs)
-    for mode in modes:
-        direction = [torch.randn(i.shape, dtype=i.dtype, generator=generator) for i in inputs]
-        function = _MODES[mode](function, tuple(direction))
+    for seed, mode in enumerate(modes):
+        function = _MODES[mode](function, tuple(directions_like(inputs, seed)))
     return function(*inputs).detach()
 
 
@@ -161,37 +166,42 @@ every_nesting = pytest.mark.parametrize("modes", NESTINGS, ids="-".join)
 
 def double_gradients(function, inputs):
     """The gradients of the gradients along random directions, by backward through backward."""
-    generator = torch.Generator().manual_seed(1)
     function, inputs = of_differentiable(function, inputs)
     loss = function(*inputs)
     gradients = torch.autograd.grad(loss, inputs, upstream_like(loss), create_graph=True)
-    directions = [torch.randn(g.shape, dtype=g.dtype, generator=generator) for g in gradients]
-    return torch.autograd.grad(gradients, inputs, directions)
+    return torch.autograd.grad(gradients, inputs, directions_like(gradients, seed=0))
 
 
-def widened(inputs):
-    """The same inputs, with their floating-point numbers in float64."""
+def cast(inputs, dtype):
+    """The same inputs, with their floating-point numbers in a dtype."""
     return [
-        i.detach().double().requires_grad_(i.requires_grad) if i.is_floating_point() else i
+        i.detach().to(dtype).requires_grad_(i.requires_grad) if i.is_floating_point() else i
         for i in inputs
     ]
 
 
-def errors(function, exact, draw, seeds=range(8)):
-    """How far a function's loss and gradients are from the exact ones, each over all seeds.
+ORDERS = {
+    "first": lambda function, inputs: loss_and_gradients(function, *inputs),
+    "second": double_gradients,
+}
+every_order = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+
+
+def errors(function, exact, draw, order=ORDERS["first"], seeds=range(8)):
+    """How far each result of a function is from the exact one, over all seeds.
 
     Args:
         function: What is judged, in the dtypes of the inputs.
         exact: The same, for inputs in float64.
         draw: Gives the inputs.
+        order: Which results: a value of `ORDERS`.
         seeds: One for each draw.
     """
     total = 0.0
     for seed in seeds:
         torch.manual_seed(seed)
         inputs = draw()
-        results = loss_and_gradients(function, *inputs)
-        pairs = zip(results, loss_and_gradients(exact, *widened(inputs)), strict=True)
+        pairs = zip(order(function, inputs), order(exact, cast(inputs, torch.float64)), strict=True)
         total = total + torch.stack([(a.double() - e).square().sum() for a, e in pairs])
     return total.sqrt()
 

@@ -12,17 +12,18 @@ from helpers import (
     assert_differentiable,
     assert_identical,
     assert_same,
+    cast,
     double_gradients,
     errors,
     every_nesting,
     every_option,
+    every_order,
     loss_and_gradients,
     options_of,
     randn,
     random_target,
     slope,
     untouched,
-    widened,
 )
 from torch.nn import functional as F
 
@@ -52,6 +53,32 @@ def test_values_and_gradients(other, shape, kind, weighted, label_smoothing, red
     z, target = randn(*shape), target_for(kind, shape)
     ours = loss_and_gradients(lambda z, t: cross_entropy(z, t, **options), z, target)
     assert_same(ours, loss_and_gradients(lambda z, t: other(z, t, **options), z, target))
+
+
+@every_kind
+@every_reduction
+@pytest.mark.parametrize(
+    "options",
+    [{"label_smoothing": 1.0}, {"weight": torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)}],
+    ids=["all smoothing", "a class of no weight"],
+)
+def test_options_at_their_bounds(options, reduction, kind):
+    z, target = randn(6, K), random_target(kind, (6,), K)
+    ours = loss_and_gradients(
+        lambda z, t: cross_entropy(z, t, reduction=reduction, **options), z, target
+    )
+    theirs = loss_and_gradients(
+        lambda z, t: F.cross_entropy(z, t, reduction=reduction, **options), z, target
+    )
+    assert_same(ours, theirs)
+
+
+def test_where_all_targets_have_no_weight_the_mean_is_nan_and_its_gradient_zero():
+    weight = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    z, target = randn(2, K), torch.tensor([0, 0])
+    loss, gradient = loss_and_gradients(lambda z, t: cross_entropy(z, t, weight), z, target)
+    assert loss.isnan()
+    assert_identical(gradient, torch.zeros_like(z))
 
 
 @every_option
@@ -270,7 +297,10 @@ def test_extreme_logits(dtype, kind, reduction):
     def loss(function, inputs):
         return loss_and_gradients(lambda z, t: function(z, t, reduction=reduction), *inputs)
 
-    ours, exact = loss(cross_entropy, (z, target)), loss(F.cross_entropy, widened((z, target)))
+    ours, exact = (
+        loss(cross_entropy, (z, target)),
+        loss(F.cross_entropy, cast((z, target), torch.float64)),
+    )
     torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6, check_dtype=False)
 
 
@@ -370,7 +400,8 @@ def test_ignore_index_does_not_wrap_around_in_a_narrow_dtype():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_error_in_half_precision_is_no_worse_than_that_of_torch(reduction, dtype):
+@every_order
+def test_error_in_half_precision_is_no_worse_than_that_of_torch(order, reduction, dtype):
     def draw():
         return 3 * randn(16, 40, dtype=dtype).detach().requires_grad_(), torch.randint(40, (16,))
 
@@ -380,7 +411,24 @@ def test_error_in_half_precision_is_no_worse_than_that_of_torch(reduction, dtype
     def theirs(z, target):
         return F.cross_entropy(z, target, reduction=reduction, label_smoothing=0.1)
 
-    assert (errors(ours, theirs, draw) <= 1.1 * errors(theirs, theirs, draw)).all()
+    error = errors(ours, theirs, draw, order)
+    assert (error <= 1.1 * errors(theirs, theirs, draw, order)).all()
+
+
+@every_kind
+@pytest.mark.parametrize("modes", SECOND_ORDER, ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nested_derivatives_in_half_precision(dtype, modes, kind):
+    x, *rest = cast((randn(N, 2), randn(K, 2), random_target(kind, (N,), K)), dtype)
+
+    def through_a_layer(loss):
+        return lambda x, W, t: loss(F.linear(x, W), t)
+
+    exact = slope(through_a_layer(F.cross_entropy), cast((x, *rest), torch.float64), modes)
+    ours = slope(through_a_layer(cross_entropy), (x, *rest), modes)
+    assert ours.dtype == dtype
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -407,7 +455,7 @@ def test_dtypes_under_autocast_are_those_of_torch(reduction, dtype):
 # Compilers.
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["ignored", "probabilities"])
 @every_reduction
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_whole(reduction, kind):

@@ -102,6 +102,8 @@ def curvature(
     The direction moves the logits by u = ux Wᵀ + x uWᵀ + ub. With g = r (m S − y) and h = ∂D/∂z,
     ∂D/∂x = W h + uW g,  ∂D/∂W = h xᵀ + g uxᵀ,  ∂D/∂b = h;  and last, D itself, (N,).
     """
+    # A direction is a gradient's cotangent, which float32 sums of half precision have in float32.
+    ux, uW, ub = (None if u is None else u.to(x.dtype) for u in (ux, uW, ub))
     count, classes = x.shape[0], W.shape[0]
     slope = r.new_empty(count)
     hx = x.new_empty(x.shape) if needs.x else None

@@ -98,7 +98,10 @@ class CrossEntropyGradient(Function):
             more_z, more_p = row_gradients(z, *targets, dr, ctx.needs_z, ctx.needs_p)
             along_z = along_z + more_z if ctx.needs_z else None
             along_p = along_p + more_p if ctx.needs_p else None
-        return along_z if ctx.needs_z else None, along_p if ctx.needs_p else None
+        return (
+            along_z.to(z.dtype) if along_z is not None and ctx.needs_z else None,
+            along_p.to(targets[0].dtype) if along_p is not None and ctx.needs_p else None,
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
