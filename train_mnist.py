@@ -12,12 +12,13 @@ from dataclasses import asdict, fields, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from torch_softmax import SoftmaxRegression, __version__
+from torch_softmax._command_line import Parser
 from torch_softmax.data import (
     DATASETS,
     NUM_CLASSES,
@@ -39,13 +40,6 @@ from torch_softmax.training import (
 )
 
 EVALUATION_BATCH = 2000
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def build_parser() -> Parser:

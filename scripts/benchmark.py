@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from torch_softmax._command_line import Parser
 from torch_softmax.functional import cross_entropy, linear_cross_entropy
 
 MIB = 2**20
@@ -288,7 +289,7 @@ def machine(place: Place) -> dict[str, object]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure speed and memory beside torch's own losses, and write a CSV.",
         epilog="example: python scripts/benchmark.py --sections linear --output linear.csv",
     )

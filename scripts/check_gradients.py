@@ -18,13 +18,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from torch_softmax._command_line import Parser
 from torch_softmax.functional import cross_entropy, linear_cross_entropy
 from torch_softmax.verify import OK, RAISES, WRONG, Pair, Row, Tensors, audit, judge, tolerance
 
@@ -393,13 +394,6 @@ def as_json(conditions: dict[str, object], rows: dict[str, Cells]) -> str:
 
     claims = {name: {c: entry(cell) for c, cell in cells.items()} for name, cells in rows.items()}
     return json.dumps({**conditions, "claims": claims}, indent=1, ensure_ascii=False)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

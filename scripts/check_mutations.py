@@ -7,7 +7,6 @@ Each mutation replaces a text in a copy of the package, and some of the tests ru
 the first fails. The exit status is 0 only where every mutation is caught.
 """
 
-import argparse
 import re
 import shutil
 import subprocess
@@ -17,7 +16,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
+
+from torch_softmax._command_line import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -280,13 +281,6 @@ def what_notices(mutation: Mutation) -> str | None:
     with copy_of_package() as copy:
         mutation.apply(copy / "torch_softmax")
         return first_failure(copy, [*TESTS, TESTS_OF[mutation.file]])
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
