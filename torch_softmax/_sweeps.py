@@ -1,12 +1,13 @@
 """The loops over chunks of rows of a linear layer's logits: loss, gradients and curvature."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _formulas as formulas
-from ._chunks import cached_slices, slices
+from ._chunks import accumulation_dtype, cached_slices, slices
 from ._targets import Targets
 
 
@@ -38,6 +39,12 @@ def _logits(x: Tensor, W: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
     return _multiply_(out, x, W.t()) if b is None else out.copy_(b).addmm_(x, W.t())
 
 
+def _blocks(z: Tensor, y: Targets) -> Iterator[slice]:
+    """The rows of a chunk's logits to go over at a time."""
+    # The ranks of a spread softmax wait for one another at every block: one is enough.
+    return cached_slices(z) if y.spread is None else slices(len(z), len(z))
+
+
 def _add_product_(total: Tensor, rows_by_class: Tensor, x: Tensor) -> None:
     """Add rows_by_classᵀ x to a total, in the dtype of the total."""
     a = rows_by_class.t()
@@ -48,28 +55,33 @@ def _add_product_(total: Tensor, rows_by_class: Tensor, x: Tensor) -> None:
 
 
 def loss_and_gradients(
-    x: Tensor, W: Tensor, b: Tensor | None, y: Targets, r: Tensor, chunk_size: int, needs: Needs
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    y: Targets,
+    r: Tensor | None,
+    chunk_size: int,
+    needs: Needs,
 ) -> tuple[Tensor, Derivatives]:
     """The loss L_n of each row, (N,), and the gradient of Σ_n r_n L_n where it is needed.
 
     z = x Wᵀ + b,  ∂L/∂z = m S − y,  ∂L/∂x = W ∂L/∂z,  ∂L/∂W = ∂L/∂z xᵀ,  ∂L/∂b = ∂L/∂z
     """
-    count, classes = x.shape[0], W.shape[0]
-    losses = r.new_empty(count)
+    count, classes, dtype = x.shape[0], W.shape[0], accumulation_dtype(x.dtype)
+    losses = x.new_empty(count, dtype=dtype)
     dx = x.new_empty(x.shape) if needs.x else None
-    dW = r.new_zeros(W.shape) if needs.W else None
-    db = r.new_zeros(classes) if needs.b else None
-    dp = r.new_empty(count, classes) if needs.p else None
+    dW = x.new_zeros(W.shape, dtype=dtype) if needs.W else None
+    db = x.new_zeros(classes, dtype=dtype) if needs.b else None
+    dp = x.new_empty(count, classes, dtype=dtype) if needs.p else None
     # Every chunk reuses one buffer: fresh memory costs a CPU more than the arithmetic done in it.
     buffer = x.new_empty(min(chunk_size, count), classes)
     for rows in slices(count, chunk_size):
         z = _logits(x[rows], W, b, buffer[: rows.stop - rows.start])
-        for block in cached_slices(z):
+        for block in _blocks(z, y):
             part = slice(rows.start + block.start, rows.start + block.stop)
-            y_part, r_part = y.rows(part), r[part]
-            wide = z[block].to(r.dtype)
-            softmax = torch.softmax(wide, 1)
-            losses[part] = formulas.losses(wide, softmax, y_part)
+            y_part, r_part = y.rows(part), None if r is None else r[part]
+            wide = z[block].to(dtype)
+            softmax, losses[part] = formulas.softmax_and_losses(wide, y_part)
             if dp is not None:
                 dp[part] = formulas.target_gradients(wide, y_part, r_part)
             if needs.x or needs.W or needs.b:
@@ -81,6 +93,8 @@ def loss_and_gradients(
             _multiply_(dx[rows], z, W)
         if dW is not None:
             _add_product_(dW, z, x[rows])
+    if dx is not None and y.spread is not None:
+        y.spread.sum_(dx)
     return losses, (dx, dW, db, dp)
 
 
@@ -89,7 +103,7 @@ def curvature(
     W: Tensor,
     b: Tensor | None,
     y: Targets,
-    r: Tensor,
+    r: Tensor | None,
     ux: Tensor | None,
     uW: Tensor | None,
     ub: Tensor | None,
@@ -104,26 +118,26 @@ def curvature(
     """
     # A direction is a gradient's cotangent, which float32 sums of half precision have in float32.
     ux, uW, ub = (None if u is None else u.to(x.dtype) for u in (ux, uW, ub))
-    count, classes = x.shape[0], W.shape[0]
-    slope = r.new_empty(count)
+    count, classes, dtype = x.shape[0], W.shape[0], accumulation_dtype(x.dtype)
+    slope = x.new_empty(count, dtype=dtype)
     hx = x.new_empty(x.shape) if needs.x else None
-    hW = r.new_zeros(W.shape) if needs.W else None
-    hb = r.new_zeros(classes) if needs.b else None
-    hp = r.new_empty(count, classes) if needs.p else None
+    hW = x.new_zeros(W.shape, dtype=dtype) if needs.W else None
+    hb = x.new_zeros(classes, dtype=dtype) if needs.b else None
+    hp = x.new_empty(count, classes, dtype=dtype) if needs.p else None
     needs_g = (needs.x and uW is not None) or (needs.W and ux is not None)
     z_buffer = x.new_empty(min(chunk_size, count), classes)
     u_buffer = torch.empty_like(z_buffer)
     for rows in slices(count, chunk_size):
         size = rows.stop - rows.start
-        z, u = _logits(x[rows], W, b, z_buffer[:size]), u_buffer[:size].zero_()
-        if ux is not None:
-            u.addmm_(ux[rows], W.t())
-        if uW is not None:
-            u.addmm_(x[rows], uW.t())
-        for block in cached_slices(z):
+        z, u = _logits(x[rows], W, b, z_buffer[:size]), u_buffer[:size]
+        moves = [(a, c) for a, c in ((ux, W), (x, uW)) if a is not None and c is not None]
+        u = _multiply_(u, moves[0][0][rows], moves[0][1].t()) if moves else u.zero_()
+        for a, c in moves[1:]:
+            u.addmm_(a[rows], c.t())
+        for block in _blocks(z, y):
             part = slice(rows.start + block.start, rows.start + block.stop)
-            y_part, r_part = y.rows(part), r[part]
-            wide_z, wide_u = z[block].to(r.dtype), u[block].to(r.dtype)
+            y_part, r_part = y.rows(part), None if r is None else r[part]
+            wide_z, wide_u = z[block].to(dtype), u[block].to(dtype)
             if ub is not None:
                 wide_u += ub
             moved = None if up is None else up[part]
@@ -136,7 +150,7 @@ def curvature(
                 hb += along_z.sum(0)
             u[block] = along_z
             if needs_g:
-                softmax = torch.softmax(wide_z, 1)
+                softmax, _ = formulas.softmax_and_losses(wide_z, y_part)
                 z[block] = formulas.gradients_(softmax, y_part, r_part)
         h, g = u, z
         if hx is not None:
@@ -147,4 +161,6 @@ def curvature(
             _add_product_(hW, h, x[rows])
             if ux is not None:
                 _add_product_(hW, g, ux[rows])
+    if hx is not None and y.spread is not None:
+        y.spread.sum_(hx)
     return (hx, hW, hb, hp), slope

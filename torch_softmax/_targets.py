@@ -5,17 +5,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._spread import Spread
+
 
 class Targets(NamedTuple):
     """The target distribution of each row: y = scale ∘ p + floor.
 
     p is one-hot for class indices, and else as given. With class weights w and label smoothing ε,
-    scale = (1 − ε) w and floor = ε w / K.
+    scale = (1 − ε) w and floor = ε w / K. Where the classes are spread over ranks, all of this is
+    about those of one rank, and labels that lie elsewhere are 0 here.
     """
 
     target: Tensor  # (N,) class indices in [0, K), or (N, K) probabilities
     scale: Tensor | None  # (K,), None for 1
     floor: Tensor | None  # (K,), None for 0
+    spread: Spread | None = None
 
     def is_dense(self) -> bool:
         """Whether p is given in full."""
@@ -23,21 +27,32 @@ class Targets(NamedTuple):
 
     def rows(self, rows: slice) -> "Targets":
         """The targets of some rows."""
-        return Targets(self.target[rows], self.scale, self.floor)
+        spread = None if self.spread is None else self.spread.rows(rows)
+        return Targets(self.target[rows], self.scale, self.floor, spread)
+
+    def hot(self) -> Tensor | None:
+        """The part of y at each label, without the floor, (N,), for class indices; None for 1."""
+        inside = None if self.spread is None else self.spread.inside
+        if self.scale is None:
+            return inside
+        hot = self.scale[self.target]
+        return hot if inside is None else hot * inside
 
     def push_forward(self, dp: Tensor) -> Tensor:
         """What a change of p does to y, which is linear in p; and its own transpose."""
         return dp if self.scale is None else dp * self.scale
 
-    def mass(self, like: Tensor) -> Tensor:
-        """The mass Σ_k y_k, (N,), which is 1 for a distribution without class weights."""
+    def mass(self, like: Tensor) -> Tensor | None:
+        """The mass Σ_k y_k, (N,), in the dtype of `like`; None for 1, as of one-hot targets."""
+        if self.spread is not None:
+            return self.spread.mass
         if self.is_dense():
-            mass = self.push_forward(self.target.to(like.dtype)).sum(1)
-        elif self.scale is None:
-            return like.new_ones(like.shape[0])
+            mass: Tensor | None = self.push_forward(self.target.to(like.dtype)).sum(1)
         else:
-            mass = self.scale[self.target]
-        return mass if self.floor is None else mass + self.floor.sum()
+            mass = self.hot()
+        if mass is None or self.floor is None:
+            return mass
+        return mass + self.floor.sum()
 
     def dot(self, z: Tensor, top: Tensor | None = None) -> Tensor:
         """Σ_k y_k z_k, (N,); or given `top` (N, 1), Σ_k y_k (z_k − top), where z_k may be −∞."""
@@ -47,21 +62,24 @@ class Targets(NamedTuple):
             products = p * z if top is None else (p * (z - top)).masked_fill_(p == 0, 0)
             product = products.sum(1)
         else:
-            hot = z.gather(1, self.target.unsqueeze(1))
-            product = (hot if top is None else hot - top).squeeze(1)
-            if self.scale is not None:
-                product = product * self.scale[self.target]
+            at = z.gather(1, self.target.unsqueeze(1))
+            product = (at if top is None else at - top).squeeze(1)
+            hot = self.hot()
+            if hot is not None:
+                product = product * hot
         if self.floor is not None:
             product = product + ((z if top is None else z - top) * self.floor).sum(1)
         return product
 
-    def subtract_from_(self, gradient: Tensor, r: Tensor) -> Tensor:
-        """Take r y off a gradient (N, K), in place."""
+    def subtract_from_(self, gradient: Tensor, r: Tensor | None) -> Tensor:
+        """Take r y off a gradient (N, K), in place; None stands for an r of 1."""
+        r = gradient.new_ones(()).expand(len(gradient)) if r is None else r
         if self.is_dense():
             p = self.push_forward(self.target.to(gradient.dtype))
             gradient.addcmul_(p, r.unsqueeze(1), value=-1)
         else:
-            hot = r if self.scale is None else r * self.scale[self.target]
+            hot = self.hot()
+            hot = r if hot is None else r * hot
             gradient.scatter_add_(1, self.target.unsqueeze(1), -hot.unsqueeze(1))
         if self.floor is not None:
             gradient.addr_(r, self.floor, alpha=-1)
@@ -73,7 +91,8 @@ class Rows(NamedTuple):
 
     targets: Targets
     keep: Tensor | None  # (N,) bool, False where the target is ignored; None where none can be
-    divisor: Tensor  # (), what a mean divides by: the weight of all targets together
+    divisor: Tensor  # (), what a mean divides by: the weight of all targets, or 1 where that is 0
+    empty: Tensor | None  # () bool, whether it is 0, and their mean nan; None where it can't be
 
 
 def fold_options(
@@ -105,6 +124,7 @@ def fold_options(
             keep = target != ignore_index
             target = target.masked_fill(~keep, 0)
     # A mean divides by the class weights of the targets that it keeps, but for probabilities.
+    empty = None
     if weight is not None and not target.is_floating_point():
         weights = weight[target]
         divisor = (weights if keep is None else weights * keep).sum()
@@ -112,13 +132,7 @@ def fold_options(
         divisor = keep.sum(dtype=dtype)
     else:
         divisor = torch.full((), target.shape[0], dtype=dtype, device=target.device)
-    return Rows(Targets(target, scale, floor), keep, divisor)
-
-
-def divide(total: Tensor, divisor: Tensor, *, by_zero: float) -> Tensor:
-    """Divide a total by a divisor, with a result of one's choice for a divisor of 0.
-
-    Then all derivatives are 0, for nothing was added up.
-    """
-    empty = divisor == 0
-    return (total / divisor.masked_fill(empty, 1)).masked_fill(empty, by_zero)
+    if weight is not None or keep is not None or target.shape[0] == 0:
+        empty = divisor == 0
+        divisor = divisor.masked_fill(empty, 1)
+    return Rows(Targets(target, scale, floor), keep, divisor, empty)

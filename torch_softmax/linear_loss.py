@@ -1,6 +1,7 @@
 """Cross-entropy of a linear layer, a chunk of rows at a time, with all its derivatives."""
 
 import functools
+import sys
 from math import nan
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch.nn.functional import linear
 from . import _checks as checks
 from ._chunks import accumulation_dtype, loss_dtype, slices
 from ._functions import applier, loop_over_batch, nested_forward_mode
+from ._spread import Spread
 from ._sweeps import Derivatives, Needs, curvature, loss_and_gradients
-from ._targets import Targets, divide, fold_options
+from ._targets import Targets, fold_options
 from .logits_loss import cross_entropy, row_losses
 
 # The Functions take these first, which together say Σ_n r_n L_n:
-#   x (N, D), W (K, D), b (K) or None, then target, scale and floor as in Targets, and r (N).
+#   x (N, D), W (K, D), b (K) or None, target, scale and floor as in Targets, r (N) or None for 1.
 
 _NOTHING: Derivatives = (None, None, None, None)
 
@@ -37,40 +39,41 @@ class LinearCrossEntropyFunction(Function):
         target: Tensor,
         scale: Tensor | None,
         floor: Tensor | None,
-        r: Tensor,
+        r: Tensor | None,
         divisor: Tensor | None,
         chunk_size: int,
+        spread: Spread | None,
         take_x: bool,
         take_W: bool,
         take_b: bool,
         take_p: bool,
     ) -> tuple[Tensor | None, ...]:
-        y, take = Targets(target, scale, floor), Needs(take_x, take_W, take_b, take_p)
+        y, take = Targets(target, scale, floor, spread), Needs(take_x, take_W, take_b, take_p)
         losses, gradients = loss_and_gradients(x, W, b, y, r, chunk_size, take)
-        losses = losses.masked_fill(r == 0, 0)
-        if divisor is None:
-            return losses, *gradients
-        return divide(losses.sum(), divisor, by_zero=nan), *gradients
+        if r is not None:
+            losses = losses.masked_fill(r == 0, 0)
+        return losses if divisor is None else losses.sum() / divisor, *gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:8])
         ctx.save_for_forward(*inputs[:8])
-        ctx.chunk_size = inputs[8]
+        ctx.options = inputs[8:10]
         ctx.gradients = output[1:]
         ctx.mark_non_differentiable(*(g for g in ctx.gradients if g is not None))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> Any:
-        rest = (None,) * 9
+        rest = (None,) * 10
         if upstream is None:
             return *rest[:4], *rest
         *at, r, divisor = ctx.saved_tensors
-        options = ctx.chunk_size, *ctx.needs_input_grad[:4]
+        options = *ctx.options, *ctx.needs_input_grad[:4]
         if divisor is None:
-            return *linear_gradients(*at, r * upstream, *options, *_NOTHING), *rest
-        scale = divide(upstream, divisor, by_zero=0)
+            r = upstream if r is None else r * upstream
+            return *linear_gradients(*at, r, *options, *_NOTHING), *rest
+        scale = upstream / divisor
         taken, needed = ctx.gradients, ctx.needs_input_grad
         if any(need and g is None for g, need in zip(taken, needed[:4], strict=True)):
             taken = _NOTHING
@@ -88,10 +91,10 @@ class LinearCrossEntropyFunction(Function):
     @nested_forward_mode
     def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
         *at, r, divisor = saved
-        *_, slope = linear_curvature(*at, r, *tangents[:4], ctx.chunk_size, *[False] * 4)
-        tangent = slope * r
+        *_, slope = linear_curvature(*at, r, *tangents[:4], *ctx.options, *[False] * 4)
+        tangent = slope if r is None else slope * r
         if divisor is not None:
-            tangent = divide(tangent.sum(), divisor, by_zero=0)
+            tangent = tangent.sum() / divisor
         return tangent, None, None, None, None
 
     @staticmethod
@@ -113,8 +116,9 @@ class LinearCrossEntropyGradient(Function):
         target: Tensor,
         scale: Tensor | None,
         floor: Tensor | None,
-        r: Tensor,
+        r: Tensor | None,
         chunk_size: int,
+        spread: Spread | None,
         needs_x: bool,
         needs_W: bool,
         needs_b: bool,
@@ -128,7 +132,7 @@ class LinearCrossEntropyGradient(Function):
         if any(g is not None for g in taken):
             dx, dW, db, dp = (None if g is None else g.clone() for g in taken)
             return dx, dW, db, dp
-        y, needs = Targets(target, scale, floor), Needs(needs_x, needs_W, needs_b, needs_p)
+        y, needs = Targets(target, scale, floor, spread), Needs(needs_x, needs_W, needs_b, needs_p)
         _, gradients = loss_and_gradients(x, W, b, y, r, chunk_size, needs)
         return gradients
 
@@ -136,14 +140,14 @@ class LinearCrossEntropyGradient(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:7])
         ctx.save_for_forward(*inputs[:7])
-        ctx.options = inputs[7:12]
+        ctx.options = inputs[7:13]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *direction: Tensor | None) -> Any:
-        chunk_size, needs = ctx.options[0], ctx.needs_input_grad[:4]
-        *along, slope = linear_curvature(*ctx.saved_tensors, *direction, chunk_size, *needs)
-        return *along, None, None, slope, *[None] * 9
+        options = *ctx.options[:2], *ctx.needs_input_grad[:4]
+        *along, slope = linear_curvature(*ctx.saved_tensors, *direction, *options)
+        return *along, None, None, slope if ctx.needs_input_grad[6] else None, *[None] * 10
 
     @staticmethod
     @nested_forward_mode
@@ -172,18 +176,19 @@ class LinearCrossEntropyCurvature(Function):
         target: Tensor,
         scale: Tensor | None,
         floor: Tensor | None,
-        r: Tensor,
+        r: Tensor | None,
         ux: Tensor | None,
         uW: Tensor | None,
         ub: Tensor | None,
         up: Tensor | None,
         chunk_size: int,
+        spread: Spread | None,
         needs_x: bool,
         needs_W: bool,
         needs_b: bool,
         needs_p: bool,
     ) -> tuple[Tensor | None, ...]:
-        y, needs = Targets(target, scale, floor), Needs(needs_x, needs_W, needs_b, needs_p)
+        y, needs = Targets(target, scale, floor, spread), Needs(needs_x, needs_W, needs_b, needs_p)
         along, slope = curvature(x, W, b, y, r, ux, uW, ub, up, chunk_size, needs)
         return *along, slope
 
@@ -191,13 +196,14 @@ class LinearCrossEntropyCurvature(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:11])
         ctx.save_for_forward(*inputs[:11])
-        ctx.chunk_size, *ctx.needs = inputs[11:]
+        ctx.chunk_size, ctx.spread, *ctx.needs = inputs[11:]
         ctx.set_materialize_grads(False)
 
     # What follows is third order, or forward mode twice: from the logits loss, chunk by chunk.
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        _check_not_spread(ctx.spread)
         saved = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
@@ -208,11 +214,12 @@ class LinearCrossEntropyCurvature(Function):
             part = _of_rows(cotangents, _ROW_OUTPUTS, rows)
             parts.append(pull_back(tuple(part[i] for i in given)))
         joined = _joined(parts, [i in _ROW_INPUTS for i in wanted])
-        return tuple(_replaced([None] * 16, wanted, joined))
+        return tuple(_replaced([None] * 17, wanted, joined))
 
     @staticmethod
     @nested_forward_mode
     def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
+        _check_not_spread(ctx.spread)
         moved = [i for i, tangent in enumerate(tangents) if tangent is not None]
         present = [i for i, needed in enumerate((*ctx.needs, True)) if needed]
         parts = []
@@ -238,14 +245,14 @@ def curvature_by_logits(
     W: Tensor,
     b: Tensor | None,
     y: Targets,
-    r: Tensor,
+    r: Tensor | None,
     ux: Tensor | None,
     uW: Tensor | None,
     ub: Tensor | None,
     up: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The same as `curvature`, but itself differentiable to any order; it holds its logits."""
-    at: dict[str, Tensor] = {"x": x, "W": W, "r": r}
+    at: dict[str, Tensor] = {"x": x, "W": W, "r": x.new_ones(len(x)) if r is None else r}
     if b is not None:
         at["b"] = b
     if y.is_dense():
@@ -254,7 +261,7 @@ def curvature_by_logits(
 
     def total(at: dict[str, Tensor]) -> Tensor:
         z = linear(at["x"], at["W"], at.get("b"))
-        losses: Tensor = row_losses(z, *y._replace(target=at.get("p", y.target)))
+        losses: Tensor = row_losses(z, at.get("p", y.target), y.scale, y.floor)
         return (at["r"] * losses).sum()
 
     directions = {}
@@ -263,6 +270,15 @@ def curvature_by_logits(
         directions[name] = torch.zeros_like(value) if direction is None else direction
     along: Any = torch.func.jvp(torch.func.grad(total), (at,), (directions,))[1]
     return along["x"], along["W"], along.get("b"), along.get("p"), along["r"]
+
+
+def _check_not_spread(spread: Spread | None) -> None:
+    """Raise where the classes are spread over ranks, as the third order would be wrong there."""
+    if spread is not None:
+        raise NotImplementedError(
+            "derivatives beyond the second order need all classes in one process, "
+            "got a linear_weight that is sharded"
+        )
 
 
 def _curvature_of(
@@ -380,6 +396,10 @@ def linear_cross_entropy(
     checks.chunk_size(chunk_size)
 
     dtype = _product_dtype(input, linear_weight, linear_bias)
+    shard = _class_shard(input, linear_weight, linear_bias, target, weight)
+    if shard is not None:
+        linear_weight, linear_bias = shard.parameters(linear_weight, linear_bias, dtype)
+        input, target, weight = shard.rows(input, target, weight)
     x, W = input.to(dtype).reshape(-1, features), linear_weight.to(dtype)
     b = None if linear_bias is None else linear_bias.to(dtype)
     if extra:
@@ -389,35 +409,63 @@ def linear_cross_entropy(
 
     ignored = None
     if target.is_floating_point():
-        target = target.reshape(-1, classes)
+        target = target.reshape(-1, len(W))
     else:
         ignored = ignore_index if checks.labels(target, classes, ignore_index) else None
         target = target.reshape(-1)
     accumulate = accumulation_dtype(dtype)
-    y, keep, divisor = fold_options(target, classes, accumulate, weight, ignored, label_smoothing)
-    r = x.new_ones(x.shape[0], dtype=accumulate) if keep is None else keep.to(accumulate)
-    divisors = {"mean": divisor, "sum": torch.ones_like(divisor), "none": None}
-    take = [reduction != "none" and _takes_gradient(t) for t in (x, W, b, target)]
-    rows = default_chunk_size(classes) if chunk_size is None else chunk_size
-    loss: Tensor = linear_losses(x, W, b, *y, r, divisors[reduction], rows, *take)[0]
+    rows = fold_options(target, classes, accumulate, weight, ignored, label_smoothing)
+    r = None if rows.keep is None else rows.keep.to(accumulate)
+    divisor = None if reduction == "none" else rows.divisor
+    if reduction == "sum":
+        divisor = torch.ones_like(rows.divisor)
+    takes = reduction != "none" and _takes_gradients()
+    take = [takes and t is not None and t.requires_grad for t in (x, W, b, target)]
+    held = classes if shard is None else shard.step
+    step = default_chunk_size(held) if chunk_size is None else chunk_size
+    y = rows.targets
+    if shard is not None:
+        shard.agree(
+            input=len(x),
+            target=float(rows.divisor),
+            weight=weight is not None,
+            reduction=checks.REDUCTIONS.index(reduction),
+            label_smoothing=label_smoothing,
+            chunk_size=step,
+            requires_grad=take[0],
+        )
+        y = shard.targets(y, accumulate)
+    *at, spread = y
+    loss: Tensor = linear_losses(x, W, b, *at, r, divisor, step, spread, *take)[0]
     if reduction == "none":
         loss = loss.reshape(shape)
+    elif reduction == "mean" and rows.empty is not None:
+        loss = loss.masked_fill(rows.empty, nan)
     return loss.to(loss_dtype(x))
+
+
+def _class_shard(*tensors: Tensor | None) -> Any:
+    """This rank's share of the classes, where they are sharded, or None."""
+    # Whoever made a DTensor has imported this, and nobody else should wait for it.
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not any(isinstance(tensor, module.DTensor) for tensor in tensors):
+        return None
+    from .class_parallel import ClassShard
+
+    return ClassShard.of(tensors[1])
 
 
 def _product_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of a linear layer's products: what its tensors promote to, or autocast's."""
-    dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
-    dtype = functools.reduce(torch.promote_types, dtypes)
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    given = [tensor for tensor in tensors if tensor is not None]
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in given})
+    device = given[0].device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return dtype
 
 
-def _takes_gradient(tensor: Tensor | None) -> bool:
-    """Whether a plain backward will ask for a tensor's gradient, as far as can be foreseen."""
+def _takes_gradients() -> bool:
+    """Whether a plain backward will ask for gradients, as far as can be foreseen."""
     # The transforms of torch.func differentiate every gradient again, from the inputs.
-    if torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
-        return False
-    return tensor is not None and tensor.requires_grad
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()

@@ -3,7 +3,6 @@
 from math import nan
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -11,7 +10,7 @@ from . import _checks as checks
 from . import _formulas as formulas
 from ._chunks import accumulation_dtype, cached_slices, loss_dtype
 from ._functions import applier, fold_batch_into_rows, nested_forward_mode
-from ._targets import Targets, divide, fold_options
+from ._targets import Targets, fold_options
 
 
 class CrossEntropyFunction(Function):
@@ -23,7 +22,7 @@ class CrossEntropyFunction(Function):
         losses = z.new_empty(z.shape[0], dtype=accumulation_dtype(z.dtype))
         for rows in cached_slices(z):
             wide = z[rows].to(losses.dtype)
-            losses[rows] = formulas.losses(wide, torch.softmax(wide, 1), y.rows(rows))
+            losses[rows] = formulas.losses(wide, formulas.softmax(wide, 1), y.rows(rows))
         return losses
 
     @staticmethod
@@ -41,8 +40,8 @@ class CrossEntropyFunction(Function):
     @nested_forward_mode
     def jvp(ctx: Any, saved: Any, dz: Tensor | None, dp: Tensor | None, *_: None) -> Tensor:
         z, *targets = saved
-        ones = z.new_ones(z.shape[0], dtype=accumulation_dtype(z.dtype))
-        return formulas.curvature(z, Targets(*targets), ones, dz, dp)[2]
+        wide = z.to(accumulation_dtype(z.dtype))
+        return formulas.curvature(wide, Targets(*targets), None, dz, dp)[2]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -66,11 +65,12 @@ class CrossEntropyGradient(Function):
         dz = z.new_empty(z.shape) if needs_z else None
         dp = target.new_empty(target.shape) if needs_p else None
         for rows in cached_slices(z):
+            wide, y_part, r_part = z[rows].to(r.dtype), y.rows(rows), r[rows]
             if dz is not None:
-                softmax = torch.softmax(z[rows], 1, dtype=r.dtype)
-                dz[rows] = formulas.gradients_(softmax, y.rows(rows), r[rows])
+                softmax = formulas.softmax(wide, 1)
+                dz[rows] = formulas.gradients_(softmax, y_part, r_part)
             if dp is not None:
-                dp[rows] = formulas.target_gradients(z[rows], y.rows(rows), r[rows])
+                dp[rows] = formulas.target_gradients(wide, y_part, r_part)
         return dz, dp
 
     @staticmethod
@@ -83,7 +83,8 @@ class CrossEntropyGradient(Function):
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dp: Tensor | None) -> Any:
         z, *targets, r = ctx.saved_tensors
-        along_z, along_p, along_r = formulas.curvature(z, Targets(*targets), r, dz, dp)
+        wide = z.to(r.dtype)
+        along_z, along_p, along_r = formulas.curvature(wide, Targets(*targets), r, dz, dp)
         return along_z, along_p, None, None, along_r, None, None
 
     @staticmethod
@@ -93,7 +94,8 @@ class CrossEntropyGradient(Function):
         dz, dp, _, _, dr, *_ = tangents
         # The Hessian is symmetric: along a direction, forward and reverse mode are one.
         along_z: Tensor | None
-        along_z, along_p, _ = formulas.curvature(z, Targets(*targets), r, dz, dp)
+        wide = z.to(r.dtype)
+        along_z, along_p, _ = formulas.curvature(wide, Targets(*targets), r, dz, dp)
         if dr is not None:  # the gradient is linear in r
             more_z, more_p = row_gradients(z, *targets, dr, ctx.needs_z, ctx.needs_p)
             along_z = along_z + more_z if ctx.needs_z else None
@@ -171,12 +173,13 @@ def cross_entropy(
         target = target.reshape(-1)
 
     dtype = accumulation_dtype(input.dtype)
-    y, keep, divisor = fold_options(target, classes, dtype, weight, ignored, label_smoothing)
-    losses: Tensor = row_losses(z.reshape(-1, classes), *y)
-    if keep is not None:
-        losses = losses.masked_fill(~keep, 0)
-    if reduction == "none":
-        loss = losses.reshape(shape)
-    else:
-        loss = losses.sum() if reduction == "sum" else divide(losses.sum(), divisor, by_zero=nan)
+    rows = fold_options(target, classes, dtype, weight, ignored, label_smoothing)
+    loss: Tensor = row_losses(z.reshape(-1, classes), *rows.targets[:3])
+    if rows.keep is not None:
+        loss = loss.masked_fill(~rows.keep, 0)
+    loss = loss.reshape(shape) if reduction == "none" else loss.sum()
+    if reduction == "mean":
+        loss = loss / rows.divisor
+        if rows.empty is not None:
+            loss = loss.masked_fill(rows.empty, nan)
     return loss.to(loss_dtype(input))

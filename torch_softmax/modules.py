@@ -159,13 +159,16 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of inputs (..., D), or (N, D) with `out_features`."""
-        shape = (self.num_classes, *self.out_features)
-        bias = self.linear.bias
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            shape = (self.num_classes, *self.out_features)
+            weight = weight.unflatten(0, shape)
+            bias = None if bias is None else bias.unflatten(0, shape)
         return functional.linear_cross_entropy(
             input,
-            self.linear.weight.unflatten(0, shape),
+            weight,
             target,
-            linear_bias=None if bias is None else bias.unflatten(0, shape),
+            linear_bias=bias,
             weight=self.weight,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
