@@ -4,42 +4,59 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from torch_softmax import SoftmaxRegression, __version__
-from torch_softmax._command_line import Parser
-from torch_softmax.data import (
-    DATASETS,
-    NUM_CLASSES,
-    DataError,
-    ImageDataset,
-    batch_loader,
-    load_dataset,
+from torch_softmax import __version__
+from torch_softmax._command_line import (
+    Parser,
+    add_data_options,
+    add_device_option,
+    choose_device,
+    run_command,
+    stop_on_interrupt,
 )
+from torch_softmax.checkpoints import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from torch_softmax.data import ImageDataset, TrainTest, batch_loader, load_dataset
 from torch_softmax.training import (
     DEFAULTS,
     SCHEDULES,
     DivergenceError,
     Score,
     Settings,
+    Tally,
     evaluate,
-    save_checkpoint,
     train_epoch,
-    write_atomically,
 )
 
 EVALUATION_BATCH = 2000
+METRICS_NAME = "metrics.json"
+
+
+class Run(NamedTuple):
+    """Where a run writes to, the data, and the state from which it goes on."""
+
+    directory: Path
+    data: TrainTest
+    checkpoint: Checkpoint
 
 
 def build_parser() -> Parser:
@@ -47,24 +64,10 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="train_mnist.py",
         description="Train softmax regression by gradient descent on batches, and test it.",
-        epilog=epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=defaults_table(),
+        example="python train_mnist.py --dataset mnist --epochs 10 --output-dir runs/short",
     )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        choices=DATASETS,
-        default="auto",
-        help="auto (the default) is mnist if it is on disk or can be downloaded, else digits, "
-        "which are part of the package",
-    )
-    data.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where data sets lie or are downloaded to (default: %(default)s)",
-    )
+    add_data_options(parser)
     # What is not given stays out of the result, for the data set's own default to stand.
     training = parser.add_argument_group("training", argument_default=argparse.SUPPRESS)
     training.add_argument("--epochs", type=int, metavar="N", help="passes over the training set")
@@ -79,24 +82,27 @@ def build_parser() -> Parser:
     training.add_argument(
         "--seed", type=int, metavar="N", help="of the first weights and the order of the examples"
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="auto (the default) is a GPU if there is one",
-    )
-    parser.add_argument(
+    add_device_option(parser)
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
         "--output-dir",
         type=Path,
         metavar="DIR",
-        help="where model.pt and metrics.json go, replacing any that are there "
+        help=f"where {CHECKPOINT_NAME} and {METRICS_NAME} go, which must not be there yet "
         "(default: a new runs/DATASET-DATE-TIME)",
+    )
+    place.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN_DIR",
+        help="go on with a run that was interrupted, with its data set and settings, to the same "
+        "weights as if it had not been",
     )
     return parser
 
 
-def epilog() -> str:
-    """The training defaults of each data set, and an example."""
+def defaults_table() -> str:
+    """The training defaults of each data set."""
     names = [field.name for field in fields(Settings)]
     rows = [["", *(f"--{name.replace('_', '-')}" for name in names)]]
     rows += [
@@ -108,86 +114,90 @@ def epilog() -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    example = "python train_mnist.py --dataset mnist --epochs 10 --output-dir runs/short"
-    return "\n  ".join(["training defaults:", *table]) + f"\n\nexample:\n  {example}"
+    return "\n  ".join(["training defaults:", *table])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    return run_command(parser, lambda: train_and_test(args))
+
+
+def train_and_test(args: argparse.Namespace) -> None:
+    """Begin a run or go on with one: train, test and save."""
+    device = choose_device(args.device)
     given = {
         field.name: getattr(args, field.name) for field in fields(Settings) if field.name in args
     }
-    try:
-        Settings(**given)  # refuses bad values before any data are loaded
-        device = choose_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        run(args, given, device)
-    except (DataError, DivergenceError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; what was saved stays", file=sys.stderr)
-        return 130
-    return 0
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name, or the best that torch finds for 'auto'."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device, is_there in available.items() if is_there)
-    if not available[name]:
-        found = ", ".join(device for device, is_there in available.items() if is_there)
-        raise ValueError(f"device must be one that torch finds here ({found}), got {name!r}")
-    return torch.device(name)
-
-
-def run(args: argparse.Namespace, given: dict[str, Any], device: torch.device) -> None:
-    """Load the data, train, test and save; settings that are not given are the data set's."""
-    if args.output_dir is not None:
-        check_writable(args.output_dir)
-    data = load_dataset(
-        args.dataset, args.data_dir, notify=lambda line: print(line, file=sys.stderr)
-    )
-    settings = replace(DEFAULTS[data.name], **given)
+    run = new_run(args, given) if args.resume is None else resumed_run(args, given)
     if "OMP_NUM_THREADS" not in os.environ:
         # A batch is too little work to share: a second thread gains a fifth on an idle machine, and
         # waiting for it, when another process holds its core, can make the run ten times as long.
         torch.set_num_threads(1)
-    output_dir = args.output_dir or new_run_directory(data.name)
+    data = run.data
     print(
         f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, "
         f"{data.train.images.shape[1]} pixels, on {device.type}"
     )
+    try:
+        finished = train(run.checkpoint, data.train.to(device), run.directory)
+        model = finished.build_model(device)
+        test = evaluate(model, batch_loader(data.test.to(device), EVALUATION_BATCH))
+        write_metrics(run.directory / METRICS_NAME, finished, test, device)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; go on with: {resume_command(args, run.directory)}"
+        ) from None
+    print(f"saved {run.directory / CHECKPOINT_NAME} and {run.directory / METRICS_NAME}")
 
-    torch.manual_seed(settings.seed)
-    model = SoftmaxRegression(data.train.images.shape[1], NUM_CLASSES, device=device)
-    epochs = train(model, data.name, data.train.to(device), settings, output_dir)
-    test = evaluate(model, batch_loader(data.test.to(device), EVALUATION_BATCH))
 
-    metrics = {
-        "dataset": data.name,
-        "test_accuracy": test.accuracy,
-        "test_loss": test.loss,
-        "train_seconds": sum(epoch["seconds"] for epoch in epochs),
-        "epochs": epochs,
-        "settings": {**asdict(settings), "device": device.type, "threads": torch.get_num_threads()},
-        "versions": versions(),
-    }
-    write_atomically(output_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+def new_run(args: argparse.Namespace, given: dict[str, Any]) -> Run:
+    """Begin a run; settings that are not given are the data set's."""
+    Settings(**given)  # refuses bad values before any data are loaded
+    if args.output_dir is not None:
+        check_unused(args.output_dir)
+    data = load(args.dataset, args.data_dir)
+    settings = replace(DEFAULTS[data.name], **given)
+    directory = args.output_dir or new_run_directory(data.name)
+    checkpoint = Checkpoint.start(settings, data)
+    save_checkpoint(directory / CHECKPOINT_NAME, checkpoint)
+    return Run(directory, data, checkpoint)
+
+
+def resumed_run(args: argparse.Namespace, given: dict[str, Any]) -> Run:
+    """Go on with a run; what is given must not contradict it."""
+    is_file = args.resume.name == CHECKPOINT_NAME
+    directory = args.resume.parent if is_file else args.resume
+    checkpoint = load_checkpoint(directory / CHECKPOINT_NAME)
+    if args.dataset not in ("auto", checkpoint.dataset):
+        raise ValueError(
+            f"dataset must be {checkpoint.dataset!r} as in the run so far, got {args.dataset!r}"
+        )
+    checkpoint = checkpoint.with_settings(**given)
+    check_writable(directory)
+    data = load(checkpoint.dataset, args.data_dir)
+    checkpoint.check_fits(data)
     print(
-        f"test accuracy {test.accuracy:.2%}, test loss {test.loss:.4f}, "
-        f"{settings.epochs} epochs in {metrics['train_seconds']:.1f} s"
+        f"going on with {directory} after epoch {checkpoint.epoch}"
+        + (f" and {checkpoint.tally.batches} batches" if checkpoint.tally.batches else "")
     )
-    print(f"saved {output_dir / 'model.pt'} and {output_dir / 'metrics.json'}")
+    return Run(directory, data, checkpoint)
+
+
+def load(dataset: str, data_dir: Path) -> TrainTest:
+    """Load a data set, with notes on stderr."""
+    return load_dataset(dataset, data_dir, notify=lambda line: print(line, file=sys.stderr))
+
+
+def check_unused(directory: Path) -> None:
+    """Raise unless a run can begin in a directory without a loss to another."""
+    check_writable(directory)
+    if any((directory / name).exists() for name in (CHECKPOINT_NAME, METRICS_NAME)):
+        raise FileExistsError(
+            f"output-dir {directory} holds a run already: name another directory, "
+            f"or go on with --resume {shlex.quote(str(directory))}"
+        )
 
 
 def check_writable(directory: Path) -> None:
@@ -197,7 +207,7 @@ def check_writable(directory: Path) -> None:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise OSError(f"output-dir {directory} can't be written: {error.strerror}") from error
+        raise OSError(f"{directory} can't be written: {error.strerror}") from error
 
 
 def new_run_directory(dataset: str) -> Path:
@@ -217,43 +227,96 @@ def new_run_directory(dataset: str) -> Path:
             return directory
 
 
-def train(
-    model: SoftmaxRegression,
-    dataset: str,
-    examples: ImageDataset,
-    settings: Settings,
-    output_dir: Path,
-) -> list[dict[str, float]]:
-    """Train, save and print a line epoch by epoch; return each one's loss, accuracy and seconds."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    batches = batch_loader(examples, settings.batch_size, generator)
-    checkpoint = output_dir / "model.pt"
-    epochs = []
-    with tqdm(total=settings.epochs * len(batches), unit="batch", disable=None) as bar:
+def resume_command(args: argparse.Namespace, directory: Path) -> str:
+    """What to type to go on with a run, on the same data and device."""
+    command = ["python", "train_mnist.py", "--resume", str(directory)]
+    parser = build_parser()
+    for name in ("data_dir", "device"):
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(command)
 
-        def show(batches_done: int, score: Score) -> None:
+
+def train(checkpoint: Checkpoint, examples: ImageDataset, directory: Path) -> Checkpoint:
+    """Train from a checkpoint on, save and print a line epoch by epoch; return the last one.
+
+    Ctrl-C is raised once the batch at work has come to its end and what was done is saved.
+    """
+    settings = checkpoint.settings
+    model = checkpoint.build_model(examples.images.device)
+    generator = torch.Generator()
+    batches = batch_loader(examples, settings.batch_size, generator)
+    path = directory / CHECKPOINT_NAME
+
+    with progress_bar(checkpoint, len(batches)) as show, stop_on_interrupt() as stop:
+        while checkpoint.epoch < settings.epochs:
+            epoch, tally = checkpoint.epoch, replace(checkpoint.tally)
+            generator.set_state(checkpoint.generator_state)
+            try:
+                train_epoch(model, batches, settings, epoch, tally, partial(show, epoch), stop)
+            except DivergenceError as error:
+                kept = f"; {path} keeps epoch {epoch}" if epoch > 0 else ""
+                raise DivergenceError(f"in epoch {epoch + 1} {error}{kept}") from error
+            is_whole = tally.batches == len(batches)
+            checkpoint = checkpoint.after(model, tally, generator if is_whole else None)
+            save_checkpoint(path, checkpoint)
+            # It would tell of the model that has just been replaced.
+            (directory / METRICS_NAME).unlink(missing_ok=True)
+            if is_whole:
+                tqdm.write(epoch_line(checkpoint))
+            if stop():
+                raise KeyboardInterrupt
+    return checkpoint
+
+
+@contextmanager
+def progress_bar(checkpoint: Checkpoint, batches: int) -> Iterator[Callable[[int, Tally], None]]:
+    """A bar over all epochs, from where the run stands; yields the function that moves it on."""
+    done = checkpoint.epoch * batches + checkpoint.tally.batches
+    total = checkpoint.settings.epochs * batches
+    with tqdm(initial=done, total=total, unit="batch", disable=None) as bar:
+
+        def show(epoch: int, tally: Tally) -> None:
+            score = tally.score()
             bar.set_postfix(
                 loss=f"{score.loss:.4f}", accuracy=f"{score.accuracy:.2%}", refresh=False
             )
-            bar.update(epoch * len(batches) + batches_done - bar.n)
+            bar.update(epoch * batches + tally.batches - bar.n)
 
-        for epoch in range(settings.epochs):
-            start = time.perf_counter()
-            try:
-                score = train_epoch(model, batches, settings, epoch, show)
-            except DivergenceError as error:
-                kept = f"; {checkpoint} keeps epoch {epoch}" if epoch > 0 else ""
-                raise DivergenceError(f"in epoch {epoch + 1} {error}{kept}") from error
-            seconds = time.perf_counter() - start
-            save_checkpoint(checkpoint, model, settings, epoch + 1, dataset)
-            # It would tell of the model that has just been replaced.
-            (output_dir / "metrics.json").unlink(missing_ok=True)
-            epochs.append({"loss": score.loss, "accuracy": score.accuracy, "seconds": seconds})
-            tqdm.write(
-                f"epoch {epoch + 1:>{len(str(settings.epochs))}}/{settings.epochs}  "
-                f"loss {score.loss:.4f}  accuracy {score.accuracy:.2%}  {seconds:.2f} s"
-            )
-    return epochs
+        yield show
+
+
+def epoch_line(checkpoint: Checkpoint) -> str:
+    """How the last epoch went."""
+    epochs = checkpoint.settings.epochs
+    last = checkpoint.history[-1]
+    return (
+        f"epoch {checkpoint.epoch:>{len(str(epochs))}}/{epochs}  loss {last['loss']:.4f}  "
+        f"accuracy {last['accuracy']:.2%}  {last['seconds']:.2f} s"
+    )
+
+
+def write_metrics(path: Path, finished: Checkpoint, test: Score, device: torch.device) -> None:
+    """Write the curves and the result of a run as JSON."""
+    metrics = {
+        "dataset": finished.dataset,
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "train_seconds": sum(epoch["seconds"] for epoch in finished.history),
+        "epochs": finished.history,
+        "settings": {
+            **asdict(finished.settings),
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+        },
+        "versions": versions(),
+    }
+    write_atomically(path, (json.dumps(metrics, indent=2) + "\n").encode())
+    print(
+        f"test accuracy {test.accuracy:.2%}, test loss {test.loss:.4f}, "
+        f"{finished.epoch} epochs in {metrics['train_seconds']:.1f} s"
+    )
 
 
 def versions() -> dict[str, str]:

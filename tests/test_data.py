@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision import datasets
 from torchvision.datasets import MNIST
 
 from torch_softmax import _mnist
@@ -59,12 +60,14 @@ def raw(tmp_path):
 
 @pytest.fixture
 def packed(raw, monkeypatch):
-    """The folder of a small MNIST, packed and unpacked, whose checksums torchvision knows."""
-    resources = []
-    for path in sorted(raw.iterdir()):
-        archive = gzip.compress(path.read_bytes())
-        raw.joinpath(path.name + ".gz").write_bytes(archive)
-        resources.append((path.name + ".gz", hashlib.md5(archive).hexdigest()))
+    """The folder of a small MNIST, packed and unpacked, whose checksums are known."""
+    checksums = []
+    for name in _mnist.ARCHIVES:
+        archive = gzip.compress(raw.joinpath(name).with_suffix("").read_bytes())
+        raw.joinpath(name).write_bytes(archive)
+        checksums.append(hashlib.md5(archive).hexdigest())
+    monkeypatch.setitem(_mnist.SOURCES, "mnist", _mnist.Source("MNIST", tuple(checksums)))
+    resources = list(zip(_mnist.ARCHIVES, checksums, strict=True))
     monkeypatch.setattr(MNIST, "resources", resources)
     return raw
 
@@ -104,9 +107,20 @@ def load_mnist(folder):
     return load_dataset("mnist", folder.parent.parent)
 
 
-def test_importing_the_package_does_not_import_torchvision():
-    code = "import sys, torch_softmax; sys.exit('torchvision' in sys.modules)"
+def test_data_on_disk_are_loaded_without_torchvision(raw):
+    code = (
+        "import sys; from torch_softmax.data import load_dataset; "
+        f"load_dataset('mnist', {str(raw.parent.parent)!r}); "
+        "sys.exit('torchvision' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "kmnist"])
+def test_archives_and_checksums_are_those_of_torchvision(name):
+    source = _mnist.SOURCES[name]
+    expected = getattr(datasets, source.name).resources
+    assert list(zip(_mnist.ARCHIVES, source.checksums, strict=True)) == expected
 
 
 # The digits

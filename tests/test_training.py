@@ -1,21 +1,18 @@
-"""The loop: one update against the closed form, schedules, epochs, scores, what is saved."""
+"""The loop: one update against the closed form, schedules, epochs and scores."""
 
 import math
-import os
 
 import pytest
 import torch
 
 from torch_softmax import SoftmaxRegression, training
 from torch_softmax.training import (
-    DEFAULTS,
     DivergenceError,
     Settings,
+    Tally,
     batch_update,
     evaluate,
-    save_checkpoint,
     train_epoch,
-    write_atomically,
 )
 
 FEATURES, CLASSES = 5, 3
@@ -165,10 +162,45 @@ def test_an_epoch_reports_up_to_its_end(model, batches, monkeypatch):
     monkeypatch.setattr(training, "REPORT_EVERY", 2)
     reports = []
     score = train_epoch(
-        model, batches * 2, Settings(), 0, lambda done, so_far: reports.append((done, so_far))
+        model,
+        batches * 2,
+        Settings(),
+        epoch=0,
+        report=lambda tally: reports.append((tally.batches, tally.score())),
     )
     assert [done for done, _ in reports] == [1, 3, 5, 6]
     assert reports[-1][1] == score
+
+
+@pytest.mark.parametrize("first_part", [1, 2])
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_an_epoch_in_two_parts_is_the_same_bit_for_bit(model, batches, first_part, on_cpu):
+    settings = Settings(epochs=4, lr=0.5)
+    whole = SoftmaxRegression(FEATURES, CLASSES, dtype=torch.float64)
+    whole.load_state_dict(model.state_dict())
+    expected = train_epoch(whole, batches, settings, epoch=2)
+
+    tally = Tally()
+    train_epoch(model, batches, settings, 2, tally, stop=lambda: tally.batches == first_part)
+    assert tally.batches == first_part
+    if on_cpu:
+        tally = tally.on_cpu()
+    assert train_epoch(model, batches, settings, 2, tally) == expected
+    assert all(map(torch.equal, weights(model), weights(whole)))
+
+
+def test_a_tally_adds_up_the_seconds_of_all_parts(model, batches, monkeypatch):
+    clock = iter([10.0, 12.0, 20.0, 23.5])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    tally = Tally()
+    for _ in range(2):
+        train_epoch(model, batches, Settings(), 0, tally, stop=lambda: True)
+    assert tally.seconds == 5.5
+
+
+def test_an_epoch_that_is_done_can_not_go_on(model, batches):
+    with pytest.raises(ValueError, match="tally must be of less than 3 batches, got 3"):
+        train_epoch(model, batches, Settings(), 0, Tally(batches=3))
 
 
 @pytest.mark.parametrize(("what", "batch_count"), [("the loss", 3), ("a weight", 1)])
@@ -185,48 +217,3 @@ def test_evaluation_does_not_depend_on_the_batches(model, batches):
     score = evaluate(model, batches)
     assert score.loss == pytest.approx(model.loss(input, target).item(), rel=1e-14)
     assert score.accuracy == (model.predict(input) == target).sum() / 19
-
-
-# What is saved
-
-
-@pytest.fixture
-def checkpoint(tmp_path, model):
-    path = tmp_path / "model.pt"
-    save_checkpoint(path, model, DEFAULTS["digits"], epoch=7, dataset="digits")
-    return path
-
-
-def test_a_checkpoint_needs_no_code_to_load(checkpoint, model):
-    loaded = torch.load(checkpoint, weights_only=True)
-    linear = torch.nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
-    linear.load_state_dict(loaded["model"])
-    assert all(map(torch.equal, weights(linear), weights(model)))
-
-
-def test_a_checkpoint_tells_how_it_came_about(checkpoint):
-    loaded = torch.load(checkpoint, weights_only=True)
-    assert (loaded["epoch"], loaded["dataset"]) == (7, "digits")
-    assert Settings(**loaded["settings"]) == DEFAULTS["digits"]
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def full_disk(descriptor):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_write_replaces_what_was_there(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old and longer")
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]

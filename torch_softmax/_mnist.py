@@ -1,5 +1,6 @@
 """MNIST and the data sets in its format: fetched by torchvision, and checked before use."""
 
+import hashlib
 import math
 import os
 import shutil
@@ -13,13 +14,58 @@ import zlib
 from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
-from torchvision.datasets import KMNIST, MNIST, FashionMNIST
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity
 
-SOURCES: dict[str, type[MNIST]] = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
+ARCHIVES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+
+
+class Source(NamedTuple):
+    """A data set in MNIST's format: torchvision's class, and the MD5 sums of the ARCHIVES.
+
+    torchvision has these sums too, but takes as long to import as torch itself.
+    """
+
+    name: str
+    checksums: tuple[str, ...]
+
+
+SOURCES = {
+    "mnist": Source(
+        "MNIST",
+        (
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "d53e105ee54ea40749a09fcbcd1e9432",
+            "9fb629c4189551a2d022fa330f9573f3",
+            "ec29112dd5afa0611ce80d1b7f02629c",
+        ),
+    ),
+    "fashion-mnist": Source(
+        "FashionMNIST",
+        (
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "25c81989df183df01b3e8a0aad5dffbe",
+            "bef4ecab320f06d8554ea6380940ec79",
+            "bb300cfdad3c16e7a12a480ee83cd310",
+        ),
+    ),
+    "kmnist": Source(
+        "KMNIST",
+        (
+            "bdb82020997e1d708af4cf47b453dcf7",
+            "e144d726b3acfaa3e44228e80efcd344",
+            "5c965bf0a639b31b8f53240b1b52f4d7",
+            "7320c461ea6c1c855c0b718fb2a4b134",
+        ),
+    ),
+}
 
 PROBE_SECONDS = 4.0
 STALL_SECONDS = 20.0
@@ -33,16 +79,16 @@ class DataNotFoundError(DataError):
     """Data that is neither on disk nor to be had from the network."""
 
 
-def read_mnist(source: type[MNIST], root: Path) -> list[tuple[Tensor, Tensor]]:
+def read_mnist(source: Source, root: Path) -> list[tuple[Tensor, Tensor]]:
     """Return the images and labels of the training and of the test set.
 
-    torchvision only looks whether its files exist. Here the packed ones must have the checksum that
-    torchvision knows, and the unpacked ones must be whole, in the right format, and the same as
-    what the packed ones hold, where these are there too.
+    torchvision only looks whether its files exist. Here the packed ones must have the source's
+    checksums, and the unpacked ones must be whole, in the right format, and the same as what the
+    packed ones hold, where these are there too.
 
     Args:
-        source: torchvision's class.
-        root: its root directory; missing files are downloaded to it.
+        source: the data set.
+        root: torchvision's root directory; missing files are downloaded to it.
 
     Returns:
         For each set, uint8 images of shape (N, 784) and int64 labels of shape (N,).
@@ -51,11 +97,11 @@ def read_mnist(source: type[MNIST], root: Path) -> list[tuple[Tensor, Tensor]]:
         DataNotFoundError: if the files are not on disk and can't be fetched.
         DataError: if a file is broken.
     """
-    folder = root / source.__name__ / "raw"
-    archives = [folder / name for name, _ in source.resources]
-    for path, (_, md5) in zip(archives, source.resources, strict=True):
-        if path.exists() and not check_integrity(path, md5):
-            raise _broken(path, f"does not have {source.__name__}'s checksum")
+    folder = root / source.name / "raw"
+    archives = [folder / name for name in ARCHIVES]
+    for path, checksum in zip(archives, source.checksums, strict=True):
+        if path.exists() and _md5(path) != checksum:
+            raise _broken(path, f"does not have {source.name}'s checksum")
 
     if not all(path.with_suffix("").exists() for path in archives):
         packed = all(path.exists() for path in archives)
@@ -66,29 +112,34 @@ def read_mnist(source: type[MNIST], root: Path) -> list[tuple[Tensor, Tensor]]:
     return [_read_part(folder, part) for part in ("train", "t10k")]
 
 
-def _read_from_copy(source: type[MNIST], archives: list[Path]) -> list[tuple[Tensor, Tensor]]:
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def _read_from_copy(source: Source, archives: list[Path]) -> list[tuple[Tensor, Tensor]]:
     """Read packed files from a folder that can't be written, by way of a temporary one."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, source.__name__, "raw")
+        folder = Path(scratch, source.name, "raw")
         folder.mkdir(parents=True)
         for path in archives:
             shutil.copyfile(path, folder / path.name)
         return read_mnist(source, Path(scratch))
 
 
-def _fetch(source: type[MNIST], root: Path, packed: bool) -> None:
+def _fetch(source: Source, root: Path, packed: bool) -> None:
     """Let torchvision download what is missing and unpack it, and leave no half-made file."""
-    folder = root / source.__name__ / "raw"
-    if not packed and not _any_answers(
-        mirror + source.resources[0][0] for mirror in source.mirrors
-    ):
+    from torchvision import datasets  # slow, and needed only here
+
+    dataset = getattr(datasets, source.name)
+    folder = root / source.name / "raw"
+    if not packed and not _any_answers(mirror + ARCHIVES[0] for mirror in dataset.mirrors):
         raise _not_found(source, folder, "no mirror answers")
     before = set(folder.glob("*"))
     timeout = socket.getdefaulttimeout()
     # torchvision sets no timeout of its own: a stalled connection would wait for ever.
     socket.setdefaulttimeout(STALL_SECONDS)
     try:
-        source(root, download=True)
+        dataset(root, download=True)
     except BaseException as error:
         for path in set(folder.glob("*")) - before:
             path.unlink()
@@ -124,21 +175,21 @@ def _any_answers(urls: Iterable[str]) -> bool:
 def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     image_file = folder / f"{part}-images-idx3-ubyte"
     label_file = folder / f"{part}-labels-idx1-ubyte"
-    count, height, width = _check_idx(image_file, dims=3)
-    (label_count,) = _check_idx(label_file, dims=1)
+    images = _read_idx(image_file, dims=3)
+    labels = _read_idx(label_file, dims=1)
+    count, height, width = images.shape
     if count == 0 or (height, width) != (28, 28):
         raise _broken(image_file, f"holds {count} images of {height}x{width} pixels, not of 28x28")
-    if label_count != count:
-        raise _broken(label_file, f"holds {label_count} labels for {count} images")
-    images, labels = read_image_file(image_file), read_label_file(label_file)
+    if len(labels) != count:
+        raise _broken(label_file, f"holds {len(labels)} labels for {count} images")
     if labels.max() >= 10:
         raise _broken(label_file, f"holds the label {labels.max()}, not only 0 to 9")
-    return images.flatten(1), labels
+    return images.flatten(1), labels.long()
 
 
-def _check_idx(path: Path, dims: int) -> tuple[int, ...]:
-    """Return the shape that an IDX file of bytes declares, once its content agrees with it."""
-    content = path.read_bytes()
+def _read_idx(path: Path, dims: int) -> Tensor:
+    """Return what an IDX file of bytes holds, once that agrees with its header and its archive."""
+    content = bytearray(path.read_bytes())  # torch wants memory that it could write to
     header_size = 4 * (1 + dims)
     if len(content) < header_size:
         raise _broken(path, "ends within its header")
@@ -152,15 +203,15 @@ def _check_idx(path: Path, dims: int) -> tuple[int, ...]:
     # The last eight bytes of a gzip file are the CRC-32 and the size of what it holds.
     if archive.exists() and archive.read_bytes()[-8:-4] != struct.pack("<I", zlib.crc32(content)):
         raise _broken(path, f"is not what {archive.name} holds")
-    return tuple(shape)
+    return torch.frombuffer(content, dtype=torch.uint8)[header_size:].reshape(shape)
 
 
 def _broken(path: Path, problem: str) -> DataError:
     return DataError(f"{path} {problem}: delete it and run again to get it anew")
 
 
-def _not_found(source: type[MNIST], folder: Path, reason: str) -> DataNotFoundError:
+def _not_found(source: Source, folder: Path, reason: str) -> DataNotFoundError:
     return DataNotFoundError(
-        f"{source.__name__} is not in {folder} and can't be fetched ({reason}): "
+        f"{source.name} is not in {folder} and can't be fetched ({reason}): "
         f"put its four .gz files there or name another data directory"
     )

@@ -1,11 +1,10 @@
-"""The training loop, written out: batch update, epoch, evaluation and what is saved."""
+"""The training loop, written out: settings, batch update, epoch and evaluation."""
 
-import io
 import math
-import os
+import time
 from collections.abc import Callable, Iterable, Sized
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import torch
@@ -98,6 +97,39 @@ class Score(NamedTuple):
     accuracy: float
 
 
+@dataclass
+class Tally:
+    """Sums over the batches done; they stay on their device until the score is asked for.
+
+    Args:
+        batches, examples: how many were counted.
+        loss_sum: over these examples.
+        right: how many of them were predicted right.
+        seconds: what the batches took.
+    """
+
+    batches: int = 0
+    examples: int = 0
+    loss_sum: Tensor | float = 0.0
+    right: Tensor | int = 0
+    seconds: float = 0.0
+
+    def add(self, mean_loss: Tensor, prediction: Tensor, target: Tensor) -> None:
+        """Count a batch."""
+        self.batches += 1
+        self.examples += len(target)
+        self.loss_sum = self.loss_sum + mean_loss * len(target)
+        self.right = self.right + (prediction == target).sum()
+
+    def score(self) -> Score:
+        """The score so far, of at least one batch."""
+        return Score(float(self.loss_sum) / self.examples, int(self.right) / self.examples)
+
+    def on_cpu(self) -> "Tally":
+        """The same sums as plain numbers, which lose nothing."""
+        return replace(self, loss_sum=float(self.loss_sum), right=int(self.right))
+
+
 class DivergenceError(RuntimeError):
     """Training that left the finite numbers; the message says what to lower."""
 
@@ -149,7 +181,9 @@ def train_epoch(
     batches: Batches,
     settings: Settings,
     epoch: int,
-    report: Callable[[int, Score], None] = lambda batches_done, score: None,
+    tally: Tally | None = None,
+    report: Callable[[Tally], None] = lambda tally: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Score:
     """Update the model with each batch in turn.
 
@@ -158,27 +192,37 @@ def train_epoch(
         batches: (input, target) as `batch_update` takes them, on the model's device.
         settings: the learning rate with its schedule, and the weight decay.
         epoch: the number of epochs done before this one.
-        report: is called now and then, and after the last batch, with the number of batches done
-            and the score so far.
+        tally: counts the batches, in place; those that it has counted already are left out.
+        report: is called with the tally now and then, and after the last batch.
+        stop: is asked after each batch whether to leave the rest for later.
 
     Returns:
-        The score of each batch just before its update, over the whole epoch.
+        The score of each batch just before its update, over all that the tally has counted.
 
     Raises:
+        ValueError: if the tally has counted as many batches as there are.
         DivergenceError: if the loss or a weight is no longer finite.
     """
-    tally = _Tally()
-    for done, (input, target) in enumerate(batches):
-        lr = settings.learning_rate(epoch + done / len(batches))
+    tally = tally or Tally()
+    if tally.batches >= len(batches):
+        raise ValueError(f"tally must be of less than {len(batches)} batches, got {tally.batches}")
+    start = time.perf_counter()
+    for input, target in islice(batches, tally.batches, None):
+        lr = settings.learning_rate(epoch + tally.batches / len(batches))
         with torch.no_grad():
             prediction = model.predict(input)
         loss = batch_update(model, input, target, lr, settings.weight_decay)
         tally.add(loss, prediction, target)
-        if done % REPORT_EVERY == 0 or done == len(batches) - 1:
-            report(done + 1, _finite(tally.score(), settings))
+        if (tally.batches - 1) % REPORT_EVERY == 0 or tally.batches == len(batches):
+            _finite(tally.score(), settings)
+            report(tally)
+        if stop():
+            break
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise _diverged("a weight", settings)
-    return _finite(tally.score(), settings)
+    score = _finite(tally.score(), settings)
+    tally.seconds += time.perf_counter() - start
+    return score
 
 
 def _finite(score: Score, settings: Settings) -> Score:
@@ -196,72 +240,7 @@ def _diverged(what: str, settings: Settings) -> DivergenceError:
 @torch.no_grad()
 def evaluate(model: SoftmaxRegression, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
     """Return the score of a model over batches of (input, target), all examples counting alike."""
-    tally = _Tally()
+    tally = Tally()
     for input, target in batches:
         tally.add(model.loss(input, target), model.predict(input), target)
     return tally.score()
-
-
-class _Tally:
-    """Sums over batches that stay on their device until the score is asked for."""
-
-    def __init__(self) -> None:
-        self.loss_sum: Tensor | float = 0.0
-        self.right: Tensor | int = 0
-        self.examples = 0
-
-    def add(self, mean_loss: Tensor, prediction: Tensor, target: Tensor) -> None:
-        self.loss_sum = self.loss_sum + mean_loss * len(target)
-        self.right = self.right + (prediction == target).sum()
-        self.examples += len(target)
-
-    def score(self) -> Score:
-        return Score(float(self.loss_sum) / self.examples, int(self.right) / self.examples)
-
-
-def save_checkpoint(
-    path: Path, model: SoftmaxRegression, settings: Settings, epoch: int, dataset: str
-) -> None:
-    """Write what a later run needs, so that `torch.load(path, weights_only=True)` reads it.
-
-    Args:
-        path: the file, replaced in one step once the new content is on the disk.
-        model: its state_dict becomes `model`.
-        settings: becomes `settings`, a dict.
-        epoch: the number of epochs done.
-        dataset: the name of the data set.
-
-    Raises:
-        OSError: if the file can't be written; what was there before stays.
-    """
-    checkpoint = {
-        "model": {name: value.cpu() for name, value in model.state_dict().items()},
-        "settings": asdict(settings),
-        "epoch": epoch,
-        "dataset": dataset,
-    }
-    buffer = io.BytesIO()  # so that a full disk shows as an OSError, not from within torch.save
-    torch.save(checkpoint, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: whoever reads it, even after a crash, finds the old or the new.
-
-    Args:
-        path: the file; `path` with `.tmp` behind it is used on the way.
-        content: the new bytes.
-
-    Raises:
-        OSError: if the file can't be written; what was there before stays.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
