@@ -8,7 +8,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from functools import partial
@@ -36,6 +36,7 @@ from torch_softmax.checkpoints import (
     write_atomically,
 )
 from torch_softmax.data import ImageDataset, TrainTest, batch_loader, load_dataset
+from torch_softmax.data_parallel import Ranks, join_ranks
 from torch_softmax.training import (
     DEFAULTS,
     SCHEDULES,
@@ -52,9 +53,12 @@ METRICS_NAME = "metrics.json"
 
 
 class Run(NamedTuple):
-    """Where a run writes to, the data, and the state from which it goes on."""
+    """Where a run writes to, the data, and the state from which it goes on.
 
-    directory: Path
+    Of several processes only the first has a directory, and writes.
+    """
+
+    directory: Path | None
     data: TrainTest
     checkpoint: Checkpoint
 
@@ -125,12 +129,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_and_test(args: argparse.Namespace) -> None:
-    """Begin a run or go on with one: train, test and save."""
+    """Begin a run or go on with one, in this process or all that torchrun has started."""
     device = choose_device(args.device)
-    given = {
-        field.name: getattr(args, field.name) for field in fields(Settings) if field.name in args
-    }
-    run = new_run(args, given) if args.resume is None else resumed_run(args, given)
+    with join_ranks(device) as ranks, ExitStack() as stack:
+        if not ranks.is_first:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        with ranks.first_ahead():
+            run = new_run(args, ranks) if args.resume is None else resumed_run(args, ranks)
+        train_and_test_run(run, args, device, ranks)
+
+
+def train_and_test_run(
+    run: Run, args: argparse.Namespace, device: torch.device, ranks: Ranks
+) -> None:
+    """Train, test and save."""
     if "OMP_NUM_THREADS" not in os.environ:
         # A batch is too little work to share: a second thread gains a fifth on an idle machine, and
         # waiting for it, when another process holds its core, can make the run ten times as long.
@@ -141,31 +153,41 @@ def train_and_test(args: argparse.Namespace) -> None:
         f"{data.train.images.shape[1]} pixels, on {device.type}"
     )
     try:
-        finished = train(run.checkpoint, data.train.to(device), run.directory)
+        finished = train(run.checkpoint, data.train.to(device), run.directory, ranks)
+        if run.directory is None:
+            return
         model = finished.build_model(device)
         test = evaluate(model, batch_loader(data.test.to(device), EVALUATION_BATCH))
         write_metrics(run.directory / METRICS_NAME, finished, test, device)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; go on with: {resume_command(args, run.directory)}"
-        ) from None
+        advice = f"; go on with: {resume_command(args, run.directory)}" if run.directory else ""
+        raise KeyboardInterrupt(f"interrupted{advice}") from None
     print(f"saved {run.directory / CHECKPOINT_NAME} and {run.directory / METRICS_NAME}")
 
 
-def new_run(args: argparse.Namespace, given: dict[str, Any]) -> Run:
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line names."""
+    names = [field.name for field in fields(Settings)]
+    return {name: getattr(args, name) for name in names if name in args}
+
+
+def new_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Begin a run; settings that are not given are the data set's."""
+    given = given_settings(args)
     Settings(**given)  # refuses bad values before any data are loaded
-    if args.output_dir is not None:
+    if args.output_dir is not None and ranks.is_first:
         check_unused(args.output_dir)
     data = load(args.dataset, args.data_dir)
     settings = replace(DEFAULTS[data.name], **given)
-    directory = args.output_dir or new_run_directory(data.name)
     checkpoint = Checkpoint.start(settings, data)
+    if not ranks.is_first:
+        return Run(None, data, checkpoint)
+    directory = args.output_dir or new_run_directory(data.name)
     save_checkpoint(directory / CHECKPOINT_NAME, checkpoint)
     return Run(directory, data, checkpoint)
 
 
-def resumed_run(args: argparse.Namespace, given: dict[str, Any]) -> Run:
+def resumed_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Go on with a run; what is given must not contradict it."""
     is_file = args.resume.name == CHECKPOINT_NAME
     directory = args.resume.parent if is_file else args.resume
@@ -174,7 +196,7 @@ def resumed_run(args: argparse.Namespace, given: dict[str, Any]) -> Run:
         raise ValueError(
             f"dataset must be {checkpoint.dataset!r} as in the run so far, got {args.dataset!r}"
         )
-    checkpoint = checkpoint.with_settings(**given)
+    checkpoint = checkpoint.with_settings(**given_settings(args))
     check_writable(directory)
     data = load(checkpoint.dataset, args.data_dir)
     checkpoint.check_fits(data)
@@ -182,7 +204,7 @@ def resumed_run(args: argparse.Namespace, given: dict[str, Any]) -> Run:
         f"going on with {directory} after epoch {checkpoint.epoch}"
         + (f" and {checkpoint.tally.batches} batches" if checkpoint.tally.batches else "")
     )
-    return Run(directory, data, checkpoint)
+    return Run(directory if ranks.is_first else None, data, checkpoint)
 
 
 def load(dataset: str, data_dir: Path) -> TrainTest:
@@ -238,7 +260,9 @@ def resume_command(args: argparse.Namespace, directory: Path) -> str:
     return shlex.join(command)
 
 
-def train(checkpoint: Checkpoint, examples: ImageDataset, directory: Path) -> Checkpoint:
+def train(
+    checkpoint: Checkpoint, examples: ImageDataset, directory: Path | None, ranks: Ranks
+) -> Checkpoint:
     """Train from a checkpoint on, save and print a line epoch by epoch; return the last one.
 
     Ctrl-C is raised once the batch at work has come to its end and what was done is saved.
@@ -246,36 +270,42 @@ def train(checkpoint: Checkpoint, examples: ImageDataset, directory: Path) -> Ch
     settings = checkpoint.settings
     model = checkpoint.build_model(examples.images.device)
     generator = torch.Generator()
-    batches = batch_loader(examples, settings.batch_size, generator)
-    path = directory / CHECKPOINT_NAME
+    batches = batch_loader(examples, settings.batch_size, generator, ranks)
 
-    with progress_bar(checkpoint, len(batches)) as show, stop_on_interrupt() as stop:
+    with progress_bar(checkpoint, len(batches), ranks) as show, stop_on_interrupt() as stop:
         while checkpoint.epoch < settings.epochs:
             epoch, tally = checkpoint.epoch, replace(checkpoint.tally)
             generator.set_state(checkpoint.generator_state)
             try:
-                train_epoch(model, batches, settings, epoch, tally, partial(show, epoch), stop)
+                report = partial(show, epoch)
+                train_epoch(model, batches, settings, epoch, tally, report, stop, ranks)
             except DivergenceError as error:
-                kept = f"; {path} keeps epoch {epoch}" if epoch > 0 else ""
+                kept = ""
+                if epoch > 0 and directory is not None:
+                    kept = f"; {directory / CHECKPOINT_NAME} keeps epoch {epoch}"
                 raise DivergenceError(f"in epoch {epoch + 1} {error}{kept}") from error
             is_whole = tally.batches == len(batches)
             checkpoint = checkpoint.after(model, tally, generator if is_whole else None)
-            save_checkpoint(path, checkpoint)
-            # It would tell of the model that has just been replaced.
-            (directory / METRICS_NAME).unlink(missing_ok=True)
+            if directory is not None:
+                save_checkpoint(directory / CHECKPOINT_NAME, checkpoint)
+                # It would tell of the model that has just been replaced.
+                (directory / METRICS_NAME).unlink(missing_ok=True)
             if is_whole:
                 tqdm.write(epoch_line(checkpoint))
-            if stop():
+            if not is_whole or any(ranks.total(stop())):
                 raise KeyboardInterrupt
     return checkpoint
 
 
 @contextmanager
-def progress_bar(checkpoint: Checkpoint, batches: int) -> Iterator[Callable[[int, Tally], None]]:
+def progress_bar(
+    checkpoint: Checkpoint, batches: int, ranks: Ranks
+) -> Iterator[Callable[[int, Tally], None]]:
     """A bar over all epochs, from where the run stands; yields the function that moves it on."""
     done = checkpoint.epoch * batches + checkpoint.tally.batches
     total = checkpoint.settings.epochs * batches
-    with tqdm(initial=done, total=total, unit="batch", disable=None) as bar:
+    disable = None if ranks.is_first else True
+    with tqdm(initial=done, total=total, unit="batch", disable=disable) as bar:
 
         def show(epoch: int, tally: Tally) -> None:
             score = tally.score()

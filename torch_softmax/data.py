@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import _checks as checks
 from ._mnist import SOURCES, DataError, DataNotFoundError, read_mnist
+from .data_parallel import Ranks
 
 __all__ = [
     "DATASETS",
@@ -80,15 +81,21 @@ class BatchIndices(Sampler[Tensor]):
         size: the number of examples.
         batch_size: the number of examples in a batch; the last batch takes what is left.
         generator: shuffles; None keeps the order.
+        ranks: the processes that share each batch; the indices are those of this one's part.
     """
 
     def __init__(
-        self, size: int, batch_size: int, generator: torch.Generator | None = None
+        self,
+        size: int,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         checks.positive("batch_size", batch_size)
         self.size = size
         self.batch_size = batch_size
         self.generator = generator
+        self.ranks = ranks or Ranks()
 
     def __len__(self) -> int:
         return math.ceil(self.size / self.batch_size)
@@ -98,11 +105,14 @@ class BatchIndices(Sampler[Tensor]):
             order = torch.arange(self.size)
         else:
             order = torch.randperm(self.size, generator=self.generator)
-        return iter(order.split(self.batch_size))
+        return map(self.ranks.part, order.split(self.batch_size))
 
 
 def batch_loader(
-    dataset: ImageDataset, batch_size: int, generator: torch.Generator | None = None
+    dataset: ImageDataset,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    ranks: Ranks | None = None,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Return a DataLoader that indexes the data set once a batch, not once an example.
 
@@ -110,6 +120,8 @@ def batch_loader(
         dataset: the examples.
         batch_size: the number of examples in a batch; the last batch takes what is left.
         generator: shuffles anew for each pass, from its seed on; None keeps the order.
+        ranks: the processes that share each batch, each with a generator of the same state; None
+            for this one alone.
 
     Returns:
         A loader of (images, labels): float32 of shape (batch_size, D) and int64 of (batch_size,),
@@ -123,7 +135,7 @@ def batch_loader(
         >>> [labels.tolist() for _, labels in batch_loader(dataset, 2)]
         [[0, 1], [2, 3], [4]]
     """
-    batches = BatchIndices(len(dataset), batch_size, generator)
+    batches = BatchIndices(len(dataset), batch_size, generator, ranks)
     # batch_size=None passes what the sampler yields, a batch of indices, to the data set as it is.
     return DataLoader(dataset, sampler=batches, batch_size=None, generator=generator)
 

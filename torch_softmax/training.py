@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from .data_parallel import Ranks
 from .modules import SoftmaxRegression
 
+ALONE = Ranks()
 REPORT_EVERY = 50  # batches; each report waits for the device to catch up
 
 
@@ -114,12 +116,12 @@ class Tally:
     right: Tensor | int = 0
     seconds: float = 0.0
 
-    def add(self, mean_loss: Tensor, prediction: Tensor, target: Tensor) -> None:
+    def add(self, mean_loss: Tensor, right: Tensor | int, examples: Tensor | int) -> None:
         """Count a batch."""
         self.batches += 1
-        self.examples += len(target)
-        self.loss_sum = self.loss_sum + mean_loss * len(target)
-        self.right = self.right + (prediction == target).sum()
+        self.examples += int(examples)
+        self.loss_sum = self.loss_sum + mean_loss * examples
+        self.right = self.right + right
 
     def score(self) -> Score:
         """The score so far, of at least one batch."""
@@ -135,7 +137,12 @@ class DivergenceError(RuntimeError):
 
 
 def batch_update(
-    model: SoftmaxRegression, input: Tensor, target: Tensor, lr: float, weight_decay: float = 0.0
+    model: SoftmaxRegression,
+    input: Tensor,
+    target: Tensor,
+    lr: float,
+    weight_decay: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     r"""Take one step of gradient descent on the mean loss of a batch, in place.
 
@@ -149,6 +156,8 @@ def batch_update(
         target: y, int64 class indices of shape (B,) or probabilities of shape (B, num_classes).
         lr: α, at least 0.
         weight_decay: λ, at least 0.
+        ranks: the processes that share the batch, of which each has its part in x and y: they take
+            the step for the whole batch together, a mean over all targets that are not ignored.
 
     Returns:
         The mean loss before the step, without a gradient and not yet waited for.
@@ -169,11 +178,19 @@ def batch_update(
     loss = model.loss(input, target)
     gradients = torch.autograd.grad(loss, parameters)
     with torch.no_grad():
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        loss, *averages = ranks.mean(_count(target), loss.detach(), *gradients)
+        for parameter, gradient in zip(parameters, averages, strict=True):
             if parameter is model.weight and weight_decay > 0:
                 gradient = gradient.add(parameter, alpha=weight_decay)
             parameter.sub_(gradient, alpha=lr)
-    return loss.detach()
+    return loss
+
+
+def _count(target: Tensor) -> Tensor:
+    """How many targets count in the mean loss."""
+    if target.is_floating_point():
+        return torch.tensor(len(target), device=target.device)
+    return (target != -100).sum()
 
 
 def train_epoch(
@@ -184,6 +201,7 @@ def train_epoch(
     tally: Tally | None = None,
     report: Callable[[Tally], None] = lambda tally: None,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Score:
     """Update the model with each batch in turn.
 
@@ -194,7 +212,9 @@ def train_epoch(
         epoch: the number of epochs done before this one.
         tally: counts the batches, in place; those that it has counted already are left out.
         report: is called with the tally now and then, and after the last batch.
-        stop: is asked after each batch whether to leave the rest for later.
+        stop: is asked after each batch whether to leave the rest for later; the ranks do so
+            together.
+        ranks: the processes that share each batch, of which `batches` has this one's part.
 
     Returns:
         The score of each batch just before its update, over all that the tally has counted.
@@ -210,13 +230,13 @@ def train_epoch(
     for input, target in islice(batches, tally.batches, None):
         lr = settings.learning_rate(epoch + tally.batches / len(batches))
         with torch.no_grad():
-            prediction = model.predict(input)
-        loss = batch_update(model, input, target, lr, settings.weight_decay)
-        tally.add(loss, prediction, target)
+            hits = (model.predict(input) == target).sum()
+        loss = batch_update(model, input, target, lr, settings.weight_decay, ranks)
+        tally.add(loss, *ranks.total(hits, len(target)))
         if (tally.batches - 1) % REPORT_EVERY == 0 or tally.batches == len(batches):
             _finite(tally.score(), settings)
             report(tally)
-        if stop():
+        if any(ranks.total(stop())):
             break
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise _diverged("a weight", settings)
@@ -242,5 +262,6 @@ def evaluate(model: SoftmaxRegression, batches: Iterable[tuple[Tensor, Tensor]])
     """Return the score of a model over batches of (input, target), all examples counting alike."""
     tally = Tally()
     for input, target in batches:
-        tally.add(model.loss(input, target), model.predict(input), target)
+        right = (model.predict(input) == target).sum()
+        tally.add(model.loss(input, target), right, len(target))
     return tally.score()

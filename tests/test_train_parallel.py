@@ -1,0 +1,77 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_mnist
+from torch_softmax import SoftmaxRegression
+from torch_softmax.checkpoints import load_checkpoint
+from torch_softmax.data import BatchIndices
+from torch_softmax.data_parallel import Ranks, join_ranks
+
+# 1,442 examples in batches of 67 leave a last one of 35, which two processes can't halve.
+OPTIONS = ["--dataset", "digits", "--epochs", "2", "--batch-size", "67", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """A run directory that torchrun's two processes have written, and what they have printed."""
+    directory = tmp_path_factory.mktemp("two")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = [Path(train_mnist.__file__), *OPTIONS, "--output-dir", directory]
+    command = [*torchrun, "--nproc-per-node", "2", *script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return directory, result.stdout
+
+
+def test_two_processes_train_the_weights_of_one(two_processes, tmp_path):
+    assert train_mnist.main([*OPTIONS, "--output-dir", str(tmp_path)]) == 0
+    alone, together = load_checkpoint(tmp_path), load_checkpoint(two_processes[0])
+    for name, weight in alone.model.items():
+        torch.testing.assert_close(together.model[name], weight, rtol=0, atol=1e-6)
+    assert [e["accuracy"] for e in together.history] == [e["accuracy"] for e in alone.history]
+
+
+def test_only_the_first_process_reports(two_processes):
+    directory, printed = two_processes
+    assert printed.count("test accuracy") == 1
+    assert printed.count("epoch 2/2") == 1
+    assert sorted(path.name for path in directory.iterdir()) == ["metrics.json", "model.pt"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_the_parts_of_all_ranks_are_the_batches(size):
+    parts = []
+    for rank in range(size):
+        generator = torch.Generator().manual_seed(0)
+        parts.append(list(BatchIndices(20, 6, generator, Ranks(rank, size))))
+    whole = list(BatchIndices(20, 6, torch.Generator().manual_seed(0)))
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert sorted(torch.cat(shares).tolist()) == sorted(batch.tolist())
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_process_alone_joins_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_ranks(torch.device("cpu")) as ranks:
+        assert ranks == Ranks(0, 1)
+        assert not torch.distributed.is_initialized()
+
+
+def test_a_device_that_cannot_talk_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(ValueError, match="device must be cpu or cuda under torchrun, got 'mps'"),
+        join_ranks(torch.device("mps")),
+    ):
+        pass
+
+
+def test_one_rank_means_its_own_values():
+    model = SoftmaxRegression(2, 3)
+    values = list(model.parameters())
+    means = Ranks().mean(torch.tensor(4), *values)
+    assert all(mean is value for mean, value in zip(means, values, strict=True))
