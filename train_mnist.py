@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, fields, replace
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from torch_softmax import __version__
+from torch_softmax import __version__, newton
 from torch_softmax._command_line import (
     Parser,
     add_data_options,
@@ -39,12 +40,14 @@ from torch_softmax.data import ImageDataset, TrainTest, batch_loader, load_datas
 from torch_softmax.data_parallel import Ranks, join_ranks
 from torch_softmax.training import (
     DEFAULTS,
+    OPTIMIZERS,
     SCHEDULES,
     DivergenceError,
     Score,
     Settings,
     Tally,
     evaluate,
+    newton_defaults,
     train_epoch,
 )
 
@@ -67,14 +70,25 @@ def build_parser() -> Parser:
     """The options, with their help."""
     parser = Parser(
         prog="train_mnist.py",
-        description="Train softmax regression by gradient descent on batches, and test it.",
+        description="Train softmax regression by gradient descent on batches, or by Newton's "
+        "method, and test it.",
         epilog=defaults_table(),
         example="python train_mnist.py --dataset mnist --epochs 10 --output-dir runs/short",
     )
     add_data_options(parser)
     # What is not given stays out of the result, for the data set's own default to stand.
     training = parser.add_argument_group("training", argument_default=argparse.SUPPRESS)
-    training.add_argument("--epochs", type=int, metavar="N", help="passes over the training set")
+    training.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="sgd (the default) goes from batch to batch; newton, with L2, to the optimum",
+    )
+    training.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="passes over the training set, or Newton steps at the most",
+    )
     training.add_argument("--batch-size", type=int, metavar="N", help="examples for one update")
     training.add_argument("--lr", type=float, metavar="X", help="learning rate at the start")
     training.add_argument(
@@ -107,7 +121,7 @@ def build_parser() -> Parser:
 
 def defaults_table() -> str:
     """The training defaults of each data set."""
-    names = [field.name for field in fields(Settings)]
+    names = [field.name for field in fields(Settings) if field.name != "optimizer"]
     rows = [["", *(f"--{name.replace('_', '-')}" for name in names)]]
     rows += [
         [dataset, *(str(getattr(settings, name)) for name in names)]
@@ -118,7 +132,8 @@ def defaults_table() -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return "\n  ".join(["training defaults:", *table])
+    of_newton = "newton: --epochs 100, --weight-decay 1/N, and no batches, rate or schedule"
+    return "\n  ".join(["training defaults of sgd:", *table]) + f"\n\n{of_newton}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,7 +158,8 @@ def train_and_test_run(
     run: Run, args: argparse.Namespace, device: torch.device, ranks: Ranks
 ) -> None:
     """Train, test and save."""
-    if "OMP_NUM_THREADS" not in os.environ:
+    is_newton = run.checkpoint.settings.optimizer == "newton"
+    if not is_newton and "OMP_NUM_THREADS" not in os.environ:
         # A batch is too little work to share: a second thread gains a fifth on an idle machine, and
         # waiting for it, when another process holds its core, can make the run ten times as long.
         torch.set_num_threads(1)
@@ -153,7 +169,11 @@ def train_and_test_run(
         f"{data.train.images.shape[1]} pixels, on {device.type}"
     )
     try:
-        finished = train(run.checkpoint, data.train.to(device), run.directory, ranks)
+        examples = data.train.to(device)
+        if is_newton:
+            finished = train_by_newton(run.checkpoint, examples, run.directory)
+        else:
+            finished = train(run.checkpoint, examples, run.directory, ranks)
         if run.directory is None:
             return
         model = finished.build_model(device)
@@ -171,14 +191,27 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if name in args}
 
 
+def check_given(given: dict[str, Any], ranks: Ranks) -> None:
+    """Raise a ValueError unless the settings that were given are sound together."""
+    if Settings(**given).optimizer != "newton":
+        return
+    for name in ("batch_size", "lr", "schedule"):
+        if name in given:
+            raise ValueError(f"{name} must be left out for optimizer 'newton', got {given[name]!r}")
+    if ranks.size > 1:
+        raise ValueError(f"optimizer must be 'sgd' for {ranks.size} processes, got 'newton'")
+
+
 def new_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Begin a run; settings that are not given are the data set's."""
     given = given_settings(args)
-    Settings(**given)  # refuses bad values before any data are loaded
+    check_given(given, ranks)  # before any data are loaded
     if args.output_dir is not None and ranks.is_first:
         check_unused(args.output_dir)
     data = load(args.dataset, args.data_dir)
-    settings = replace(DEFAULTS[data.name], **given)
+    is_newton = given.get("optimizer") == "newton"
+    defaults = newton_defaults(len(data.train)) if is_newton else DEFAULTS[data.name]
+    settings = replace(defaults, **given)
     checkpoint = Checkpoint.start(settings, data)
     if not ranks.is_first:
         return Run(None, data, checkpoint)
@@ -286,15 +319,58 @@ def train(
                 raise DivergenceError(f"in epoch {epoch + 1} {error}{kept}") from error
             is_whole = tally.batches == len(batches)
             checkpoint = checkpoint.after(model, tally, generator if is_whole else None)
-            if directory is not None:
-                save_checkpoint(directory / CHECKPOINT_NAME, checkpoint)
-                # It would tell of the model that has just been replaced.
-                (directory / METRICS_NAME).unlink(missing_ok=True)
+            save(checkpoint, directory)
             if is_whole:
                 tqdm.write(epoch_line(checkpoint))
             if not is_whole or any(ranks.total(stop())):
                 raise KeyboardInterrupt
     return checkpoint
+
+
+def train_by_newton(
+    checkpoint: Checkpoint, examples: ImageDataset, directory: Path | None
+) -> Checkpoint:
+    """Go to the optimum, save and print a line step by step; return the last one."""
+    settings = checkpoint.settings
+    model = checkpoint.build_model(examples.images.device)
+    input, target = examples[torch.arange(len(examples))]
+    generator = torch.Generator()  # which stays as it is, as nothing is shuffled
+    generator.set_state(checkpoint.generator_state)
+    start = time.perf_counter()
+
+    with tqdm(total=settings.epochs, unit="step", disable=None) as bar, stop_on_interrupt() as stop:
+
+        def report(result: newton.Result) -> None:
+            nonlocal checkpoint, start
+            penalty = 0.5 * settings.weight_decay * model.weight.square().sum().item()
+            tally = Tally(seconds=time.perf_counter() - start)
+            right = (model.predict(input) == target).sum()
+            tally.add(torch.tensor(result.objective - penalty), right, len(target))
+            checkpoint = checkpoint.after(model, tally, generator)
+            save(checkpoint, directory)
+            bar.update()
+            tqdm.write(f"{epoch_line(checkpoint)}  gradient {result.gradient_norm:.1e}")
+            if stop():
+                raise KeyboardInterrupt
+            start = time.perf_counter()
+
+        left = settings.epochs - checkpoint.epoch
+        if left == 0:
+            return checkpoint
+        result = newton.minimize(
+            model, input, target, settings.weight_decay, max_steps=left, report=report
+        )
+    if not result.converged:
+        tqdm.write(f"not converged: the gradient's norm is {result.gradient_norm:.1e}")
+    return checkpoint
+
+
+def save(checkpoint: Checkpoint, directory: Path | None) -> None:
+    """Save a checkpoint, in the one process that has a directory."""
+    if directory is not None:
+        save_checkpoint(directory / CHECKPOINT_NAME, checkpoint)
+        # It would tell of the model that has just been replaced.
+        (directory / METRICS_NAME).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -317,12 +393,17 @@ def progress_bar(
         yield show
 
 
+def unit(checkpoint: Checkpoint) -> str:
+    """What a run's epochs are: passes over the data, or steps that each see all of them."""
+    return "step" if checkpoint.settings.optimizer == "newton" else "epoch"
+
+
 def epoch_line(checkpoint: Checkpoint) -> str:
     """How the last epoch went."""
     epochs = checkpoint.settings.epochs
     last = checkpoint.history[-1]
     return (
-        f"epoch {checkpoint.epoch:>{len(str(epochs))}}/{epochs}  loss {last['loss']:.4f}  "
+        f"{unit(checkpoint)} {checkpoint.epoch:>{len(str(epochs))}}/{epochs}  loss {last['loss']:.4f}  "
         f"accuracy {last['accuracy']:.2%}  {last['seconds']:.2f} s"
     )
 
@@ -345,7 +426,7 @@ def write_metrics(path: Path, finished: Checkpoint, test: Score, device: torch.d
     write_atomically(path, (json.dumps(metrics, indent=2) + "\n").encode())
     print(
         f"test accuracy {test.accuracy:.2%}, test loss {test.loss:.4f}, "
-        f"{finished.epoch} epochs in {metrics['train_seconds']:.1f} s"
+        f"{finished.epoch} {unit(finished)}s in {metrics['train_seconds']:.1f} s"
     )
 
 

@@ -492,3 +492,58 @@ def test_a_read_only_directory_is_found_before_the_training(
         f"train_mnist.py: {tmp_path} can't be written: Read-only file system"
     )
     assert contents(tmp_path) == before
+
+
+@pytest.fixture
+def newton(tmp_path):
+    """The arguments of a run by Newton's method."""
+    return ["--dataset", "digits", "--optimizer", "newton", "--output-dir", str(tmp_path)]
+
+
+def test_newton_reaches_the_optimum_and_stops(newton, tmp_path, capsys):
+    assert train_mnist.main(newton) == 0
+    printed = capsys.readouterr().out
+    checkpoint = load_checkpoint(tmp_path)
+    assert 3 < checkpoint.epoch < 20
+    assert checkpoint.settings.weight_decay == 1 / 1442
+    assert f"step  {checkpoint.epoch:>2}/100" in printed
+    assert "not converged" not in printed
+    assert checkpoint.history[-1]["loss"] < checkpoint.history[0]["loss"]
+
+
+def test_newton_that_runs_out_of_steps_says_so(newton, capsys):
+    assert train_mnist.main([*newton, "--epochs", "2"]) == 0
+    assert "not converged: the gradient's norm is" in capsys.readouterr().out
+
+
+def test_newton_goes_on_to_the_same_optimum(newton, tmp_path, monkeypatch):
+    def interrupted(*args, report, **options):
+        def report_twice(result):
+            report(result)
+            if result.steps == 2:
+                raise KeyboardInterrupt
+
+        return minimize(*args, report=report_twice, **options)
+
+    minimize = train_mnist.newton.minimize
+    with monkeypatch.context() as patched:
+        patched.setattr(train_mnist.newton, "minimize", interrupted)
+        assert train_mnist.main(newton) == 130
+    stopped = load_checkpoint(tmp_path)
+    assert stopped.epoch == 2
+    assert train_mnist.main(["--resume", str(tmp_path)]) == 0
+    resumed = load_checkpoint(tmp_path)
+
+    assert train_mnist.main([*newton[:-1], str(tmp_path / "whole")]) == 0
+    whole = load_checkpoint(tmp_path / "whole")
+    assert resumed.history[:2] == stopped.history
+    assert resumed.history[-1]["loss"] == pytest.approx(whole.history[-1]["loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("option", ["--lr=1", "--batch-size=8", "--schedule=cosine"])
+def test_newton_refuses_what_it_has_no_use_for(newton, option, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train_mnist.main([*newton, option])
+    assert exit.value.code == 2
+    name = option[2:].partition("=")[0].replace("-", "_")
+    assert f"{name} must be left out for optimizer 'newton'" in capsys.readouterr().err

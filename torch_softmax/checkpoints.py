@@ -75,6 +75,8 @@ class Checkpoint:
         """Return the state before the first epoch on a data set."""
         torch.manual_seed(settings.seed)
         model = SoftmaxRegression(data.train.images.shape[1], NUM_CLASSES)
+        if settings.optimizer == "newton":
+            model.load_state_dict({k: v.new_zeros(v.shape) for k, v in model.state_dict().items()})
         generator = torch.Generator().manual_seed(settings.seed)
         return cls(_weights(model), settings, data.name, 0, [], generator.get_state())
 

@@ -28,6 +28,7 @@ def cosine(progress: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+OPTIMIZERS = ("sgd", "newton")
 SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine}
 
 
@@ -36,17 +37,20 @@ class Settings:
     """What decides a run, together with the data; `DEFAULTS` has one for each data set.
 
     Args:
-        epochs: passes over the training set.
+        optimizer: 'sgd', gradient descent on batches, or 'newton', which sees all examples at
+            each step and has no batch_size, lr and schedule.
+        epochs: passes over the training set, or Newton steps at the most.
         batch_size: examples for one update.
         lr: the learning rate before the schedule's factor.
         schedule: 'constant' or 'cosine'.
-        weight_decay: the factor of the weights in the update.
+        weight_decay: λ of the penalty λ/2 ‖W‖², the factor of the weights in the gradient.
         seed: of the initial weights and of the order of the examples.
 
     Raises:
         ValueError: if a number is out of its range or the schedule unknown.
     """
 
+    optimizer: str = "sgd"
     epochs: int = 25
     batch_size: int = 256
     lr: float = 1.5
@@ -55,6 +59,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        checks.one_of("optimizer", self.optimizer, OPTIMIZERS)
         checks.positive("epochs", self.epochs)
         checks.positive("batch_size", self.batch_size)
         if not 0 < self.lr < math.inf:
@@ -86,6 +91,11 @@ DEFAULTS = {
     "kmnist": Settings(lr=1.0),
     "digits": Settings(epochs=100, batch_size=32, lr=1.0),
 }
+
+
+def newton_defaults(examples: int) -> Settings:
+    """The settings of Newton's method for a number of examples: λ = 1/N, scikit-learn's C = 1."""
+    return Settings(optimizer="newton", epochs=100, weight_decay=1 / examples)
 
 
 class Batches(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):

@@ -1,0 +1,389 @@
+"""Newton's method with conjugate gradients for softmax regression with an L2 penalty."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from . import _formulas as formulas
+from ._chunks import slices
+from ._sweeps import Needs, loss_and_gradients
+from ._targets import Targets
+from .modules import SoftmaxRegression
+
+# Throughout, v = (W, b) are the parameters and u, d, ... directions, all of shape (K, P): with
+# P = D + 1, the last column for b, or with P = D where there is no bias.
+
+IGNORED = -100  # the class index that leaves an example out, torch's default
+
+# Numbers of x to work out at a time, so that a CPU finds them in its cache for the second product.
+_CACHED_INPUT = 2**20
+# A linear system is solved until its residual is this part of what it was. On MNIST a half and a
+# tenth take about as many products in all, and what promises more than linear convergence,
+# min(½, √‖∇f‖), over twice as many.
+_FORCING = 0.25
+_MAX_PRODUCTS = 200  # for one linear system: what is reached by then is a descent as well
+_MAX_DIRECTIONS = 50  # that one linear system leaves to the next
+_MAX_HALVINGS = 40  # of a step
+
+
+class Result(NamedTuple):
+    """How far `minimize` has come.
+
+    Args:
+        objective: f, the mean loss with the penalty.
+        gradient_norm: ‖∇f‖₂, over weight and bias together.
+        steps: the Newton steps done.
+        products: the Hessian-vector products done.
+        converged: whether gradient_norm is at most the tolerance.
+    """
+
+    objective: float
+    gradient_norm: float
+    steps: int
+    products: int
+    converged: bool
+
+
+@torch.no_grad()
+def minimize(
+    model: SoftmaxRegression,
+    input: Tensor,
+    target: Tensor,
+    weight_decay: float,
+    *,
+    tolerance: float = 1e-4,
+    max_steps: int = 100,
+    report: Callable[[Result], None] = lambda result: None,
+) -> Result:
+    r"""Bring a model to the least mean loss with an L2 penalty on its weight, in place.
+
+    .. math::
+        f(W, b) = \frac{1}{N} \sum_n L_n + \frac{\lambda}{2} \lVert W \rVert^2, \qquad
+        v \leftarrow v + \alpha u, \quad \nabla^2 f(v)\, u \approx -\nabla f(v)
+
+    f is convex and every step descends, so that any start will do. What all classes have in
+    common in W and b changes no probability, and is taken off at first.
+
+    Args:
+        model: with float32 or float64 parameters, which are updated after every step.
+        input: x, all examples, (..., D) of the model's dtype.
+        target: class indices (...), of which -100 leaves its example out; or probabilities
+            (..., K).
+        weight_decay: λ, at least 0, of the weight alone. It is 1 / (C N) for the C of
+            scikit-learn's `LogisticRegression`.
+        tolerance: the gradient norm to reach.
+        max_steps: the Newton steps to give up after.
+        report: is called with the result so far after every step, once the model is updated.
+
+    Returns:
+        The result. Where `converged` is False, max_steps were done or rounding hid any further
+        descent, and the model is at the last point reached. On the way it takes memory for N K
+        softmax outputs, for some matrices (D + 1, D + 1), and for some hundred models.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes don't fit, a number is out of range, no example is left, or the
+            loss is not finite at the start.
+
+    Example:
+        >>> input = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+        >>> model = SoftmaxRegression(1, 2)
+        >>> result = minimize(model, input, torch.tensor([0, 1, 0, 1]), weight_decay=0.01)
+        >>> result.converged, round(result.objective, 4)
+        (True, 0.6018)
+
+    Source: Nocedal and Wright, Numerical Optimization (2006), algorithm 7.1; Dembo, Eisenstat and
+    Steihaug, Inexact Newton methods (1982).
+    """
+    _check_number("weight_decay", weight_decay, "at least 0", weight_decay >= 0)
+    _check_number("tolerance", tolerance, "above 0", tolerance > 0)
+    checks.positive("max_steps", max_steps)
+    x, y = _examples(model, input, target)
+    objective = _Objective(x, y, weight_decay, model.bias is not None)
+    v = _parameters(model)
+    point = objective.at(v - v.mean(0))
+    if not math.isfinite(point.value):
+        raise ValueError(
+            "model, input and target must hold finite numbers of a moderate size, "
+            f"got a loss of {point.value} at the start"
+        )
+    _update(model, point.v)
+    result = Result(point.value, point.norm, 0, 0, point.norm <= tolerance)
+    if result.converged:
+        return result
+
+    gram, known = objective.gram(), None
+    for step in range(1, max_steps + 1):
+        hessian = _Hessian(objective, point.v)
+        precondition = _Preconditioner(gram, hessian.mean_curvature(), weight_decay, known)
+        # The last system is solved no further than the tolerance asks for.
+        stop = max(_FORCING * point.norm, 0.8 * tolerance)
+        u, known, products = _solve(hessian, point.gradient, precondition, stop)
+        descended = _descend(objective, point, u)
+        if descended is None:
+            break
+        point = descended
+        _update(model, point.v)
+        result = Result(
+            point.value, point.norm, step, result.products + products, point.norm <= tolerance
+        )
+        report(result)
+        if result.converged:
+            break
+    return result
+
+
+def _check_number(name: str, value: float, expected: str, holds: bool) -> None:
+    if not (holds and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number {expected}, got {value}")
+
+
+def _examples(model: SoftmaxRegression, input: Tensor, target: Tensor) -> tuple[Tensor, Targets]:
+    """The examples that are not left out, checked: x (N, D) and their targets."""
+    dtype, classes = model.weight.dtype, model.num_classes
+    checks.linear_layer(input, model.weight, model.bias)
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"model must have float32 or float64 parameters, got {dtype}")
+    if input.dtype != dtype:
+        raise TypeError(f"input must have the dtype of the model, {dtype}, got {input.dtype}")
+    checks.target(target, tuple(input.shape[:-1]), (*input.shape[:-1], classes))
+    x = input.reshape(-1, input.shape[-1]).contiguous()
+    if target.is_floating_point():
+        y = target.reshape(-1, classes)
+        if bool((y < 0).any()):
+            raise ValueError("target must hold class probabilities of at least 0, got one below")
+    else:
+        y = target.reshape(-1).long()
+        checks.labels(y, classes, IGNORED)
+        keep = y != IGNORED
+        if not bool(keep.all()):
+            x, y = x[keep], y[keep]
+    if len(x) == 0:
+        raise ValueError("input must hold at least one example that is not left out, got none")
+    return x, Targets(y, None, None)
+
+
+def _parameters(model: SoftmaxRegression) -> Tensor:
+    """A copy of (W, b), (K, P)."""
+    if model.bias is None:
+        return model.weight.clone()
+    return torch.cat([model.weight, model.bias.unsqueeze(1)], 1)
+
+
+def _update(model: SoftmaxRegression, v: Tensor) -> None:
+    """Write (W, b) into a model."""
+    model.weight.copy_(v[:, : model.in_features])
+    if model.bias is not None:
+        model.bias.copy_(v[:, -1])
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a.flatten(), b.flatten()))
+
+
+class _Point(NamedTuple):
+    """Parameters v (K, P) with f(v) and ∇f(v)."""
+
+    v: Tensor
+    value: float
+    gradient: Tensor
+
+    @property
+    def norm(self) -> float:
+        return float(self.gradient.norm())
+
+
+class _Piece(NamedTuple):
+    """Some examples, in equal parts of which each core takes one at a time."""
+
+    x: Tensor  # (parts, n, D)
+    mass: Tensor | None  # of their targets, (parts, 1, n), None for 1
+
+
+class _Objective:
+    """f over all examples."""
+
+    def __init__(self, x: Tensor, y: Targets, weight_decay: float, bias: bool) -> None:
+        self.x, self.y, self.bias = x, y, bias
+        count, features = x.shape
+        self.decay = x.new_full((features + bias,), weight_decay)
+        self.decay[features:] = 0
+        # Other devices than a CPU want few large kernels.
+        on_cpu = x.device.type == "cpu"
+        self.chunk_size = max(256, _CACHED_INPUT // features) if on_cpu else count
+        parts = torch.get_num_threads() if on_cpu else 1
+        rows = slices(count, self.chunk_size * parts)
+        self.pieces = [self._piece(x[part], y.rows(part), parts) for part in rows]
+
+    @staticmethod
+    def _piece(x: Tensor, y: Targets, parts: int) -> _Piece:
+        shape = (parts if len(x) % parts == 0 else 1, -1, x.shape[1])
+        pieces, mass = x.view(shape), y.mass(x)
+        return _Piece(pieces, None if mass is None else mass.view(len(pieces), 1, -1))
+
+    def split(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(W, b) as views of v."""
+        features = self.x.shape[1]
+        return v[:, :features], v[:, features] if self.bias else None
+
+    def at(self, v: Tensor) -> _Point:
+        """Value and gradient."""
+        W, b = self.split(v)
+        needs = Needs(x=False, W=True, b=self.bias, p=False)
+        losses, (_, dW, db, _) = loss_and_gradients(
+            self.x, W, b, self.y, None, self.chunk_size, needs
+        )
+        gradient = self.decay * v
+        value = float(losses.double().mean()) + 0.5 * _dot(gradient.double(), v.double())
+        for part, of_losses in zip(self.split(gradient), (dW, db), strict=True):
+            if part is not None and of_losses is not None:
+                part.add_(of_losses, alpha=1 / len(self.x))
+        return _Point(v, value, gradient)
+
+    def logits(self, v: Tensor, x: Tensor) -> Tensor:
+        """W xᵀ + b of each part, (parts, K, n)."""
+        W, b = self.split(v)
+        bias = v.new_zeros(1) if b is None else b.unsqueeze(1)
+        return torch.baddbmm(bias, W.expand(len(x), -1, -1), x.transpose(1, 2))
+
+    def add_mean_(self, total: Tensor, a: Tensor, x: Tensor) -> None:
+        """Add to a total (K, P) the share 1/N Σ a xᵀ that a change a of the `logits` adds to v."""
+        W, b = self.split(total)
+        W.add_(torch.bmm(a, x).sum(0), alpha=1 / len(self.x))
+        if b is not None:
+            b.add_(a.sum((0, 2)), alpha=1 / len(self.x))
+
+    def gram(self) -> Tensor:
+        """X̃ᵀX̃ / N, (P, P), of X̃ = x with a column of ones for the bias."""
+        count, features = self.x.shape
+        gram = self.x.new_ones(len(self.decay), len(self.decay))
+        gram[:features, :features] = (self.x.t() @ self.x) / count
+        gram[:features, features:] = self.x.mean(0).unsqueeze(1)
+        gram[features:, :features] = self.x.mean(0)
+        return gram
+
+
+class _Hessian:
+    """∇²f(v), which multiplies a direction; it holds S of all examples."""
+
+    def __init__(self, objective: _Objective, v: Tensor) -> None:
+        self.objective = objective
+        # (parts, K, n) for each piece
+        self.softmaxes = [torch.softmax(objective.logits(v, x), 1) for x, _ in objective.pieces]
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """1/N Σ_n m_n J_n (u x_n) x_nᵀ + λ u, with J the softmax's Jacobian, (K, P)."""
+        objective = self.objective
+        product = objective.decay * u
+        for (x, mass), softmax in zip(objective.pieces, self.softmaxes, strict=True):
+            a = formulas.jacobian_product(softmax, objective.logits(u, x), 1)
+            objective.add_mean_(product, a if mass is None else a * mass, x)
+        return product
+
+    def mean_curvature(self) -> float:
+        """The mean eigenvalue of 1/N Σ_n m_n J_n, apart from its eigenvalue 0, by J's trace."""
+        total = 0.0
+        for (_, mass), softmax in zip(self.objective.pieces, self.softmaxes, strict=True):
+            traces = 1 - softmax.square().sum(1, keepdim=True)
+            total += float((traces if mass is None else traces * mass).sum())
+        return total / len(self.objective.x) / max(1, softmax.shape[1] - 1)
+
+
+class _Known(NamedTuple):
+    """Directions d, each a row of (M, K P), and their products H d, scaled so that dᵀH d = 1."""
+
+    directions: Tensor
+    products: Tensor
+
+
+class _Preconditioner:
+    """An inverse of H ≈ c I ⊗ X̃ᵀX̃/N + λ, with c the mean curvature, that knows some products.
+
+    The products are those of the Newton step before. Their directions dᵢ are conjugate, and
+    (I − Σ dᵢ(H dᵢ)ᵀ) A⁻¹ (I − Σ (H dᵢ)dᵢᵀ) + Σ dᵢdᵢᵀ, with A⁻¹ the inverse above, is exact on them.
+
+    Source: Morales and Nocedal, Automatic preconditioning by limited memory quasi-Newton updating
+    (2000).
+    """
+
+    def __init__(
+        self, gram: Tensor, curvature: float, weight_decay: float, known: _Known | None
+    ) -> None:
+        epsilon = torch.finfo(gram.dtype).eps
+        matrix = gram * max(curvature, epsilon)
+        # Rounding must not make a matrix indefinite whose columns depend on one another.
+        matrix.diagonal().add_(weight_decay + 10 * epsilon * float(matrix.trace()))
+        self.factor = torch.linalg.cholesky(matrix)
+        self.known = known
+
+    def __call__(self, r: Tensor) -> Tensor:
+        if self.known is None:
+            return self.solve(r)
+        d, Hd = self.known
+        flat = r.flatten()
+        along = d @ flat
+        z = self.solve((flat - along @ Hd).view_as(r)).flatten()
+        return (z + (along - Hd @ z) @ d).view_as(r)
+
+    def solve(self, r: Tensor) -> Tensor:
+        """A⁻¹ r, with the same symmetric matrix for each class, a row of r."""
+        return torch.cholesky_solve(r.t(), self.factor).t()
+
+
+def _solve(
+    hessian: _Hessian, gradient: Tensor, precondition: _Preconditioner, stop: float
+) -> tuple[Tensor, _Known | None, int]:
+    """Conjugate gradients for H u = −∇f, until the residual's norm is at most `stop`.
+
+    Returns:
+        u, what was learnt of H, and the number of products.
+    """
+    u, residual = torch.zeros_like(gradient), gradient.clone()
+    z = precondition(residual)
+    d, size = -z, _dot(residual, z)
+    known: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MAX_DIRECTIONS)
+    products = 0
+    while products < _MAX_PRODUCTS:
+        Hd = hessian(d)
+        products += 1
+        curvature = _dot(d, Hd)
+        if not curvature > 0:  # all is flat, up to rounding, so that any length would do
+            if products == 1:
+                u = d
+            break
+        known.append((d.flatten() / math.sqrt(curvature), Hd.flatten() / math.sqrt(curvature)))
+        u.add_(d, alpha=size / curvature)
+        residual.add_(Hd, alpha=size / curvature)
+        if float(residual.norm()) <= stop:
+            break
+        z = precondition(residual)
+        previous, size = size, _dot(residual, z)
+        d = d * (size / previous) - z
+    if not known:
+        return u, None, products
+    directions, images = zip(*known, strict=True)
+    return u, _Known(torch.stack(directions), torch.stack(images)), products
+
+
+def _descend(objective: _Objective, point: _Point, u: Tensor) -> _Point | None:
+    """The first point below v, of v + u, v + u/2, v + u/4, ...; None where rounding hides it.
+
+    It is below by Armijo's condition, f(v + α u) ≤ f(v) + 10⁻⁴ α ∇f(v)·u. Or the slope there is
+    not yet positive, which for a convex f means the same, and tells where values are too close.
+    """
+    slope = _dot(point.gradient, u)
+    if not slope < 0:
+        return None
+    for halvings in range(_MAX_HALVINGS):
+        length = 0.5**halvings
+        trial = objective.at(point.v + length * u)
+        if not math.isfinite(trial.value):
+            continue
+        if trial.value <= point.value + 1e-4 * length * slope or _dot(trial.gradient, u) <= 0:
+            return trial
+    return None
