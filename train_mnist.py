@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -40,6 +40,7 @@ from torch_softmax.data import ImageDataset, TrainTest, batch_loader, load_datas
 from torch_softmax.data_parallel import Ranks, join_ranks
 from torch_softmax.training import (
     DEFAULTS,
+    OF_SGD,
     OPTIMIZERS,
     SCHEDULES,
     DivergenceError,
@@ -195,7 +196,7 @@ def check_given(given: dict[str, Any], ranks: Ranks) -> None:
     """Raise a ValueError unless the settings that were given are sound together."""
     if Settings(**given).optimizer != "newton":
         return
-    for name in ("batch_size", "lr", "schedule"):
+    for name in OF_SGD:
         if name in given:
             raise ValueError(f"{name} must be left out for optimizer 'newton', got {given[name]!r}")
     if ranks.size > 1:
@@ -402,8 +403,9 @@ def epoch_line(checkpoint: Checkpoint) -> str:
     """How the last epoch went."""
     epochs = checkpoint.settings.epochs
     last = checkpoint.history[-1]
+    number = f"{checkpoint.epoch:>{len(str(epochs))}}/{epochs}"
     return (
-        f"{unit(checkpoint)} {checkpoint.epoch:>{len(str(epochs))}}/{epochs}  loss {last['loss']:.4f}  "
+        f"{unit(checkpoint)} {number}  loss {last['loss']:.4f}  "
         f"accuracy {last['accuracy']:.2%}  {last['seconds']:.2f} s"
     )
 
@@ -417,7 +419,7 @@ def write_metrics(path: Path, finished: Checkpoint, test: Score, device: torch.d
         "train_seconds": sum(epoch["seconds"] for epoch in finished.history),
         "epochs": finished.history,
         "settings": {
-            **asdict(finished.settings),
+            **finished.settings.used(),
             "device": device.type,
             "threads": torch.get_num_threads(),
         },

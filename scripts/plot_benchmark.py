@@ -1,17 +1,26 @@
 """The charts of a benchmark: how long the losses of a linear layer take, and how much memory."""
 
 import csv
+import math
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatter
 
 SECTION = "linear"
-COLORS = {"ours": "#005a8f", "torch dense": "#f2a878", "torch chunked": "#b34700"}
+COLORS = {
+    "ours": "#005a8f",
+    "torch dense": "#f2a878",
+    "torch chunked": "#b34700",
+    "cut-cross-entropy": "#7b5ea7",
+    "Liger": "#4d9a5b",
+    "torchtune": "#b0b0b0",
+}
 LEAST_MIB = 1.0  # less is within the noise of a measurement
-WIDTH, BAR, GROUP, HEAD, FOOT = 7.0, 0.22, 0.82, 0.8, 0.3  # inches
+WIDTH, BAR, GAP, HEAD, FOOT = 7.0, 0.19, 0.17, 0.9, 0.3  # inches
 
 
 class Measurement(NamedTuple):
@@ -58,63 +67,79 @@ def _parse(row: dict[str, str]) -> Measurement:
 
 
 def draw_benchmark(rows: list[Measurement]) -> dict[str, Figure]:
-    """Draw a chart of the 'time', and one of the 'memory' where any was measured."""
-    conditions = rows[0].conditions
-    time = {(row.shape, row.name): row.ratio for row in rows}
+    """Draw a chart of the 'time', and one of the 'memory', each where any was measured."""
+    title, conditions = "Loss of a linear layer with all gradients", rows[0].conditions
+    time = {(row.shape, row.name): row.ratio for row in rows if not math.isnan(row.ratio)}
     memory = {
         (row.shape, row.name): max(row.memory_mib, LEAST_MIB)
         for row in rows
         if row.memory_mib is not None
     }
-    charts = {
-        "time": draw_bars(
-            "Loss of a linear layer with all gradients: time",
-            f"multiples of its three bare matrix products · {conditions}",
-            time,
-            "{:.2f} ×",
+    charts = {}
+    if time:
+        charts["time"] = figure = draw_bars(time, 0, "{:.2f} ×")
+        draw_floor(figure.axes[0])
+        draw_head(
+            figure,
+            f"{title}: time",
+            f"in multiples of its three bare matrix products · {conditions}",
         )
-    }
     if memory:
-        charts["memory"] = draw_bars(
-            "Loss of a linear layer with all gradients: memory",
-            f"MiB above the gradients themselves · {conditions}",
-            memory,
-            "{:,.0f} MiB",
-        )
+        charts["memory"] = figure = draw_bars(memory, LEAST_MIB, "{:,.0f} MiB")
+        draw_decades(figure.axes[0])
+        draw_head(figure, f"{title}: memory", f"above that of the gradients · {conditions}")
     return charts
 
 
-def draw_bars(title: str, note: str, values: dict[tuple[str, str], float], number: str) -> Figure:
-    """Draw a group of bars for each shape, which begin at 1 on a logarithmic axis.
+def draw_bars(values: dict[tuple[str, str], float], start: float, number: str) -> Figure:
+    """Draw a group of bars for each shape, and a legend.
 
     Args:
-        title: the first line.
-        note: the second line.
         values: where the bar of a shape and a name ends.
-        number: the format of what is written at its end.
+        start: where all bars begin.
+        number: the format of what is written at a bar's end.
     """
     shapes = list(dict.fromkeys(shape for shape, _ in values))
-    names = list(COLORS)
-    height = HEAD + len(shapes) * GROUP + FOOT
+    names = [name for name in COLORS if any(name == other for _, other in values)]
+    group = len(names) * BAR + GAP
+    height = HEAD + len(shapes) * group + FOOT
     figure = Figure(figsize=(WIDTH, height), facecolor="white")
-    axes = figure.add_axes((0.1, FOOT / height, 0.78, len(shapes) * GROUP / height))
+    axes = figure.add_axes((0.1, FOOT / height, 0.78, len(shapes) * group / height))
     for (shape, name), value in values.items():
-        y = shapes.index(shape) * GROUP + names.index(name) * BAR
-        axes.barh(y, value - 1, 0.85 * BAR, left=1, color=COLORS[name])
-        axes.text(max(value, 1), y, "  " + number.format(value), va="center")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", ylim=(len(shapes) * GROUP - BAR, -BAR))
-    axes.xaxis.set_major_formatter("{x:,g}")
-    axes.xaxis.set_minor_formatter(LogFormatter())  # writes only where there is room
-    axes.set_yticks([i * GROUP + BAR for i in range(len(shapes))], shapes)
+        y = shapes.index(shape) * group + names.index(name) * BAR
+        axes.barh(y, value - start, 0.85 * BAR, left=start, color=COLORS[name])
+        axes.text(value, y, "  " + number.format(value), va="center")
+    axes.set_ylim(len(shapes) * group - (BAR + GAP) / 2, -(BAR + GAP) / 2)
+    middle = (len(names) - 1) / 2 * BAR
+    axes.set_yticks([i * group + middle for i in range(len(shapes))], shapes)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    figure.text(0.02, 1 - 0.25 / height, title, fontsize=10, fontweight="bold")
-    figure.text(0.02, 1 - 0.42 / height, note)
+    axes.axvline(start, color="black", linewidth=0.8)
     figure.legend(
-        handles=[Patch(color=color, label=name) for name, color in COLORS.items()],
+        handles=[Patch(color=COLORS[name], label=name) for name in names],
         loc="upper left",
-        bbox_to_anchor=(0.09, 1 - 0.48 / height),
-        ncols=len(COLORS),
+        bbox_to_anchor=(0.09, 1 - 0.46 / height),
+        ncols=len(names),
+        columnspacing=1.2,
     )
     return figure
+
+
+def draw_floor(axes: Axes) -> None:
+    """Mark the time of the bare products, below which no loss can come."""
+    axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.text(1, 1, "three products", transform=axes.get_xaxis_transform(), ha="center")
+
+
+def draw_decades(axes: Axes) -> None:
+    """Make an axis logarithmic, with numbers in full."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter(LogFormatter())  # writes only where there is room
+
+
+def draw_head(figure: Figure, title: str, note: str) -> None:
+    """Write two lines above a chart."""
+    height = figure.get_figheight()
+    figure.text(0.02, 1 - 0.25 / height, title, fontsize=10, fontweight="bold")
+    figure.text(0.02, 1 - 0.42 / height, note)

@@ -1,7 +1,6 @@
 """The page about a trained classifier: its weights, how it learned, where it is right and wrong."""
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -104,7 +103,7 @@ def draw_run(checkpoint: Checkpoint, test: ImageDataset) -> Figure:
 def draw_title(page: Page, y: float, checkpoint: Checkpoint, result: str) -> None:
     """Say which run this is, and how good it became."""
     dataset = TITLES.get(checkpoint.dataset, checkpoint.dataset)
-    settings = asdict(checkpoint.settings)
+    settings = checkpoint.settings.used()
     told = [f"epoch {checkpoint.epoch} of {settings.pop('epochs')}"]
     told += [f"{name.replace('_', ' ')} {value}" for name, value in settings.items()]
     page.text(MARGIN, y, f"Softmax regression on {dataset}", fontsize=18, fontweight="bold")

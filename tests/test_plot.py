@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import plot
 import plot_benchmark
 import plot_run
+from benchmark_losses import LINEAR
 from matplotlib import style
 from matplotlib.figure import Figure
 from PIL import Image
@@ -109,7 +110,7 @@ def test_the_title_tells_the_run_and_its_result(page):
     plot_run.draw_title(page, 1, checkpoint("fashion-mnist", [epoch(2.0, 0.5)]), "half are right")
     told = texts(page.figure)
     assert told[:2] == ["Softmax regression on Fashion-MNIST", "half are right"]
-    assert told[2].startswith("epoch 1 of 5 · batch size 256 · lr 1.5")
+    assert told[2].startswith("epoch 1 of 5 · optimizer sgd · batch size 256")
 
 
 @pytest.mark.parametrize("side", [8, 28])
@@ -253,9 +254,45 @@ def test_the_charts_have_a_bar_for_each_loss_that_was_measured(table):
         ("memory", ["715 MiB", "87 MiB"]),
     ]:
         (axes,) = charts[name].axes
-        assert [text.strip() for text in texts(axes)] == numbers
+        told = [text.strip() for text in texts(axes)]
+        assert [text for text in told if text != "three products"] == numbers
         ends = [bar.get_x() + bar.get_width() for bar in axes.patches]
         assert ends == pytest.approx([float(number.split()[0]) for number in numbers])
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_rivals_have_bars_where_they_were_measured(table):
+    rival = BENCHMARK[3].replace("torch dense", "cut-cross-entropy")
+    with_rival = draw_benchmark(table(*BENCHMARK, rival))
+    without = draw_benchmark(table(*BENCHMARK))
+    for name in ("time", "memory"):
+        assert legend(without[name]) == ["ours", "torch dense"]
+        assert legend(with_rival[name]) == ["ours", "torch dense", "cut-cross-entropy"]
+        bars = [len(chart[name].axes[0].patches) for chart in (without, with_rival)]
+        assert bars[1] == bars[0] + 1
+
+
+def test_every_contestant_of_the_benchmark_has_a_colour():
+    assert set(LINEAR.contestants) == set(plot_benchmark.COLORS)
+
+
+def test_the_floor_is_a_line_with_its_name(table):
+    (axes,) = draw_benchmark(table(*BENCHMARK))["time"].axes
+    assert "three products" in texts(axes)
+    assert [1, 1] in [list(line.get_xdata()) for line in axes.lines]
+
+
+def test_the_bars_of_time_begin_at_nothing(table):
+    (axes,) = draw_benchmark(table(*BENCHMARK))["time"].axes
+    assert {bar.get_x() for bar in axes.patches} == {0}
+
+
+def test_no_bar_of_time_where_the_floor_was_not_measured(table):
+    row = BENCHMARK[4].replace("1.04,1.04", "1.04,nan")
+    assert list(draw_benchmark(table(HEADER, row))) == ["memory"]
 
 
 def test_the_charts_tell_where_the_numbers_are_from(table):

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from world import World
 
 import train_mnist
 from torch_softmax import SoftmaxRegression
 from torch_softmax.checkpoints import load_checkpoint
 from torch_softmax.data import BatchIndices
 from torch_softmax.data_parallel import Ranks, join_ranks
+from torch_softmax.training import batch_update
 
 # 1,442 examples in batches of 67 leave a last one of 35, which two processes can't halve.
 OPTIONS = ["--dataset", "digits", "--epochs", "2", "--batch-size", "67", "--device", "cpu"]
@@ -75,3 +77,57 @@ def test_one_rank_means_its_own_values():
     values = list(model.parameters())
     means = Ranks().mean(torch.tensor(4), *values)
     assert all(mean is value for mean, value in zip(means, values, strict=True))
+
+
+FEATURES, CLASSES = 5, 4
+
+
+def batch(kind):
+    """A batch of 7 rows, which 2 and 3 ranks share unequally."""
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(7, FEATURES, generator=generator)
+    if kind == "probabilities":
+        return input, torch.rand(7, CLASSES, generator=generator).softmax(1)
+    target = torch.randint(CLASSES, (7,), generator=generator)
+    if kind == "some ignored":
+        target[torch.tensor([0, 2, 4])] = -100  # of two ranks the first has all but one of these
+    if kind == "one left":
+        target[1:] = -100  # whatever the number of ranks, all but the first have none
+    return input, target
+
+
+def updated(ranks, kind):
+    """The loss and the parameters after an update with this rank's part of the batch."""
+    torch.manual_seed(1)
+    model = SoftmaxRegression(FEATURES, CLASSES)
+    part = ranks.part(torch.arange(7))
+    input, target = batch(kind)
+    loss = batch_update(model, input[part], target[part], lr=0.5, weight_decay=0.1, ranks=ranks)
+    return [loss, *(parameter.detach() for parameter in model.parameters())]
+
+
+def updated_on_rank(mesh, kind):
+    return updated(Ranks(mesh.get_rank(), mesh.size()), kind)
+
+
+@pytest.fixture(scope="module", params=[2, 3, 8], ids="{}ranks".format)
+def world(request):
+    with World(request.param) as world:
+        yield world
+
+
+@pytest.mark.parametrize("kind", ["labels", "some ignored", "one left", "probabilities"])
+def test_the_ranks_take_the_step_of_one_process(world, kind):
+    expected = updated(Ranks(), kind)
+    for result in world.run(updated_on_rank, kind):
+        for value, of_one in zip(result, expected, strict=True):
+            torch.testing.assert_close(value, of_one, rtol=0, atol=1e-6)
+
+
+def totals_on_rank(mesh):
+    return Ranks(mesh.get_rank(), mesh.size()).total(mesh.get_rank(), torch.tensor(2), True)
+
+
+def test_counts_add_up_over_the_ranks(world):
+    size = world.size
+    assert world.run(totals_on_rank) == [[size * (size - 1) // 2, 2 * size, size]] * size

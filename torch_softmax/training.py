@@ -3,9 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ def cosine(progress: float) -> float:
 
 
 OPTIMIZERS = ("sgd", "newton")
+OF_SGD = ("batch_size", "lr", "schedule")  # the settings that Newton's method has no use for
 SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine}
 
 
@@ -38,7 +39,7 @@ class Settings:
 
     Args:
         optimizer: 'sgd', gradient descent on batches, or 'newton', which sees all examples at
-            each step and has no batch_size, lr and schedule.
+            each step and has no use for batch_size, lr and schedule.
         epochs: passes over the training set, or Newton steps at the most.
         batch_size: examples for one update.
         lr: the learning rate before the schedule's factor.
@@ -68,6 +69,11 @@ class Settings:
         _check_not_negative("weight_decay", self.weight_decay)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+
+    def used(self) -> dict[str, Any]:
+        """Return the settings that the optimizer has a use for, by name."""
+        unused = OF_SGD if self.optimizer == "newton" else ()
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
     def learning_rate(self, epochs_done: float) -> float:
         """Return the learning rate after a number of epochs, fractions included."""
