@@ -362,7 +362,8 @@ def train_by_newton(
             model, input, target, settings.weight_decay, max_steps=left, report=report
         )
     if not result.converged:
-        tqdm.write(f"not converged: the gradient's norm is {result.gradient_norm:.1e}")
+        note = f"not converged: the gradient's norm is {result.gradient_norm:.1e}"
+        tqdm.write(note, file=sys.stderr)
     return checkpoint
 
 

@@ -502,18 +502,18 @@ def newton(tmp_path):
 
 def test_newton_reaches_the_optimum_and_stops(newton, tmp_path, capsys):
     assert train_mnist.main(newton) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr()
     checkpoint = load_checkpoint(tmp_path)
     assert 3 < checkpoint.epoch < 20
     assert checkpoint.settings.weight_decay == 1 / 1442
-    assert f"step  {checkpoint.epoch:>2}/100" in printed
-    assert "not converged" not in printed
+    assert f"step  {checkpoint.epoch:>2}/100" in printed.out
+    assert "not converged" not in printed.err
     assert checkpoint.history[-1]["loss"] < checkpoint.history[0]["loss"]
 
 
 def test_newton_that_runs_out_of_steps_says_so(newton, capsys):
     assert train_mnist.main([*newton, "--epochs", "2"]) == 0
-    assert "not converged: the gradient's norm is" in capsys.readouterr().out
+    assert "not converged: the gradient's norm is" in capsys.readouterr().err
 
 
 def test_newton_goes_on_to_the_same_optimum(newton, tmp_path, monkeypatch):
