@@ -13,6 +13,7 @@ from matplotlib.ticker import LogFormatter
 SECTION = "linear"
 COLORS = {
     "ours": "#005a8f",
+    "ours, chunk_size=128": "#79b4d9",
     "torch dense": "#f2a878",
     "torch chunked": "#b34700",
     "cut-cross-entropy": "#7b5ea7",
