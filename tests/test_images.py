@@ -7,7 +7,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from torch_softmax.data import load_dataset
 from torch_softmax.images import (
     FRAMES,
     READ_SIDE,
@@ -127,7 +126,7 @@ def test_a_frame_without_aspect_ratio_is_filled(ink):
 def test_blocks_are_counted_by_their_mean(ink):
     fine = square(ink, Frame(32, (32, 20), keeps_aspect=False))
     blocks = square(ink, Frame(32, (32, 20), keeps_aspect=False, block=4))
-    assert blocks.equal(fine.view(8, 4, 8, 4).mean((1, 3)))
+    torch.testing.assert_close(blocks, fine.view(8, 4, 8, 4).mean((1, 3)))
 
 
 def test_an_upright_frame_takes_the_slant_out():
@@ -206,14 +205,6 @@ def test_parts_that_belong_together_are_all_kept():
 def test_an_mnist_like_image_stays_what_it_is(expected):
     torch.testing.assert_close(square(expected), expected, atol=0.2, rtol=0)
     assert correlation(square(expected), expected) > 0.99
-
-
-@pytest.mark.parametrize("index", range(5))
-def test_a_digit_of_the_data_set_stays_recognisable(index):
-    digit = load_dataset("digits", "nowhere").test.images[index].view(8, 8) / 16
-    large = digit.repeat_interleave(20, 0).repeat_interleave(20, 1)
-    again = square(on_paper(torch.nn.functional.pad(large, (40,) * 4)), FRAMES["digits"])
-    assert correlation(again, digit) > 0.8
 
 
 # Nothing drawn

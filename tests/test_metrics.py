@@ -201,7 +201,7 @@ def test_certainty_is_in_the_last_bin():
 def test_expected_calibration_error_is_the_weighted_gap_of_the_curve():
     probabilities, target = torch.rand(300, K).softmax(1), torch.randint(K, (300,))
     curve = calibration_curve(probabilities, target)
-    gaps = curve.counts / 300 * (curve.accuracy - curve.confidence).abs()
+    gaps = curve.counts.double() / 300 * (curve.accuracy - curve.confidence).abs()
     error = expected_calibration_error(probabilities, target)
     assert error.item() == pytest.approx(gaps.nansum().item(), rel=1e-12)
 

@@ -44,7 +44,8 @@ SEARCH_SIDE = 160  # pixels of the copy in which ink is looked for, fast and wit
 BORDER = 20  # a border is one part in so many of a side
 NOISE_DEVIATIONS = 3.0  # standard deviations of the ground that are still ground
 BLANK_DEVIATIONS = 6.0  # and that a character must exceed
-BLANK_CONTRAST = 0.03  # of the range from black to white, that a character must exceed too
+BLANK_CONTRAST = 0.03  # of the ground's brightness, that a character must exceed too
+DARK = 0.25  # of the range from black to white: a ground below it need not be lit paper
 INK_LEVEL = 0.9  # the quantile of inked pixels that counts as full ink
 EDGE = 0.3  # of the darkest ink: less is outside of the character's box
 SPECK = 0.05  # of the largest part's area: a smaller part is dirt
@@ -110,7 +111,8 @@ def read_image(path: Path) -> Tensor:
         path: of the file.
 
     Returns:
-        Float32 of shape (H, W), neither above READ_SIDE; dark and light may be swapped.
+        Float32 of shape (H, W), neither above READ_SIDE, from 0 for black to 1 for white; where
+        colours of one brightness are told apart, from −1 to 1.
 
     Raises:
         ImageError: if there is no such file, or it is no picture that can be read.
@@ -154,6 +156,7 @@ def _grey(colours: Tensor) -> Tensor:
     flat = colours.flatten(1)
     centred = flat - flat.mean(1, keepdim=True)
     direction = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -1]
+    direction = direction * direction.sum().sign() / direction.abs().sum()
     grey: Tensor = direction @ flat
     return grey.view(colours.shape[1:])
 
@@ -191,7 +194,7 @@ def normalize(grey: Tensor, frame: Frame) -> Tensor:
 def _ink(grey: Tensor) -> Tensor:
     """Return how much ink each pixel has, from 0 to 1."""
     small = _shrink(grey, SEARCH_SIDE)
-    rise = small - _surface(small, _is_border(small), small.shape)
+    rise = _contrast(small, _surface(small, _is_border(small), small.shape))
     # Ink is on one side of its ground; a cube lets few pixels far off outweigh many near it.
     sign = -1 if (rise**3).sum() < 0 else 1
     rise = sign * rise
@@ -199,16 +202,25 @@ def _ink(grey: Tensor) -> Tensor:
         raise BlankImageError("nothing is drawn")
     is_ground = rise < _otsu_threshold(rise)
 
-    rise = sign * (small - _surface(small, is_ground, small.shape))
+    rise = sign * _contrast(small, _surface(small, is_ground, small.shape))
     threshold = _otsu_threshold(rise)
     is_ground = rise < threshold
     level = float(rise[~is_ground].quantile(INK_LEVEL))
     if level < max(BLANK_CONTRAST, BLANK_DEVIATIONS * _deviation(rise[is_ground])):
         raise BlankImageError("nothing is drawn")
 
-    rise = sign * (grey - _surface(small, is_ground, grey.shape))
+    rise = sign * _contrast(grey, _surface(small, is_ground, grey.shape))
     noise = min(NOISE_DEVIATIONS * _deviation(rise[rise < threshold]), level / 2)
     return ((rise - noise) / (level - noise)).clamp(0, 1)
+
+
+def _contrast(image: Tensor, ground: Tensor) -> Tensor:
+    """Return how much brighter an image is than its ground, in parts of the ground's brightness.
+
+    So paper in the shade counts as much as paper in the light. The blackness of a screen is not
+    divided by.
+    """
+    return (image - ground) / ground.clamp(min=DARK)
 
 
 def _shrink(image: Tensor, longest: int) -> Tensor:
@@ -321,9 +333,9 @@ def _centre(ink: Tensor, dim: int) -> float:
 
 def _place(ink: Tensor, frame: Frame) -> Tensor:
     """Scale cropped ink into a frame's box, and the box into its square."""
-    scale = math.sqrt(math.prod(_scaled_shape(ink.shape, frame)) / ink.numel())
-    ink = _thicken(ink, frame.stroke / scale)
-    shape = _scaled_shape(ink.shape, frame)
+    ink = _thicken(ink, frame.stroke / math.sqrt(math.prod(_scales(ink, frame))))
+    scales = _scales(ink, frame)
+    shape = [max(1, round(side * scale)) for side, scale in zip(ink.shape, scales, strict=True)]
     ink = _resize(ink, shape)
     ink = ink / ink.max()
     square = torch.zeros(frame.side, frame.side)
@@ -332,11 +344,10 @@ def _place(ink: Tensor, frame: Frame) -> Tensor:
     return avg_pool2d(square[None], frame.block).flatten()
 
 
-def _scaled_shape(shape: torch.Size, frame: Frame) -> list[int]:
-    if not frame.keeps_aspect:
-        return list(frame.box)
-    scale = min(limit / side for limit, side in zip(frame.box, shape, strict=True))
-    return [max(1, round(side * scale)) for side in shape]
+def _scales(ink: Tensor, frame: Frame) -> list[float]:
+    """Return the factors by which ink fits into a frame's box, in height and width."""
+    scales = [limit / side for limit, side in zip(frame.box, ink.shape, strict=True)]
+    return [min(scales)] * 2 if frame.keeps_aspect else scales
 
 
 def _start(ink: Tensor, dim: int, frame: Frame) -> int:
@@ -353,7 +364,7 @@ def _thicken(ink: Tensor, stroke: float) -> Tensor:
     if lacking < 1:
         return ink
     reach = round(lacking / 2)
-    return max_pool2d(pad(ink, [reach] * 4)[None], 2 * reach + 1, stride=1)[0]
+    return max_pool2d(pad(ink, [2 * reach] * 4)[None], 2 * reach + 1, stride=1)[0]
 
 
 def _stroke_width(ink: Tensor) -> float:
@@ -361,6 +372,7 @@ def _stroke_width(ink: Tensor) -> float:
 
     Source: Fleming and Rishel, An integral formula for total gradient variation (1960).
     """
-    padded = pad(ink, (1, 1, 1, 1))
+    is_drawn = ink > ink.max() / 2  # for noise would count as many short perimeters
+    padded = pad(is_drawn.float(), (1, 1, 1, 1))
     down, right = padded[1:, :-1] - padded[:-1, :-1], padded[:-1, 1:] - padded[:-1, :-1]
-    return float(2 * ink.sum() / torch.hypot(down, right).sum())
+    return float(2 * padded.sum() / torch.hypot(down, right).sum())
