@@ -30,6 +30,7 @@ from benchmark_measure import (
     reason,
 )
 from benchmark_mnist import mnist_epoch
+from benchmark_parallel import parallel
 from benchmark_start import start
 from tqdm import tqdm
 
@@ -62,6 +63,7 @@ SECTIONS: dict[str, Section] = {
     "mnist-step": on_one_thread(compare(MNIST_STEP, [STEP], [STEP])),
     "mnist-epoch": on_one_thread(mnist_epoch),
     "start": on_one_thread(start),
+    "parallel": parallel,
 }
 
 
@@ -80,6 +82,13 @@ def build_parser() -> Parser:
         default=list(SECTIONS),
         metavar="NAME",
         help=f"some of {', '.join(SECTIONS)} (default: all)",
+    )
+    parser.add_argument(
+        "--parallel",
+        dest="sections",
+        action="store_const",
+        const=["parallel"],
+        help="the same as --sections parallel: classes sharded over processes",
     )
     parser.add_argument("--quick", action="store_true", help="small shapes, about a minute")
     parser.add_argument(
