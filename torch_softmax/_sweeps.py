@@ -94,7 +94,7 @@ def loss_and_gradients(
         if dW is not None:
             _add_product_(dW, z, x[rows])
     if dx is not None and y.spread is not None:
-        y.spread.sum_(dx)
+        dx = y.spread.sum_(dx.to(dtype)).to(dx.dtype)
     return losses, (dx, dW, db, dp)
 
 
@@ -162,5 +162,5 @@ def curvature(
             if ux is not None:
                 _add_product_(hW, g, ux[rows])
     if hx is not None and y.spread is not None:
-        y.spread.sum_(hx)
+        hx = y.spread.sum_(hx.to(dtype)).to(hx.dtype)
     return (hx, hW, hb, hp), slope

@@ -276,8 +276,8 @@ def _check_not_spread(spread: Spread | None) -> None:
     """Raise where the classes are spread over ranks, as the third order would be wrong there."""
     if spread is not None:
         raise NotImplementedError(
-            "derivatives beyond the second order need all classes in one process, "
-            "got a linear_weight that is sharded"
+            "a third derivative, which torch.autograd.functional.hvp takes and vhp does not, "
+            "needs all classes in one process, got a linear_weight that is sharded"
         )
 
 
@@ -398,6 +398,20 @@ def linear_cross_entropy(
     dtype = _product_dtype(input, linear_weight, linear_bias)
     shard = _class_shard(input, linear_weight, linear_bias, target, weight)
     if shard is not None:
+        shard.agree(
+            {
+                "input": input,
+                "linear_weight": linear_weight,
+                "target": target,
+                "linear_bias": linear_bias,
+                "weight": weight,
+            },
+            dtype=dtype,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            chunk_size=chunk_size,
+        )
         linear_weight, linear_bias = shard.parameters(linear_weight, linear_bias, dtype)
         input, target, weight = shard.rows(input, target, weight)
     x, W = input.to(dtype).reshape(-1, features), linear_weight.to(dtype)
@@ -425,15 +439,6 @@ def linear_cross_entropy(
     step = default_chunk_size(held) if chunk_size is None else chunk_size
     y = rows.targets
     if shard is not None:
-        shard.agree(
-            input=len(x),
-            target=float(rows.divisor),
-            weight=weight is not None,
-            reduction=checks.REDUCTIONS.index(reduction),
-            label_smoothing=label_smoothing,
-            chunk_size=step,
-            requires_grad=take[0],
-        )
         y = shard.targets(y, accumulate)
     *at, spread = y
     loss: Tensor = linear_losses(x, W, b, *at, r, divisor, step, spread, *take)[0]
@@ -448,11 +453,24 @@ def _class_shard(*tensors: Tensor | None) -> Any:
     """This rank's share of the classes, where they are sharded, or None."""
     # Whoever made a DTensor has imported this, and nobody else should wait for it.
     module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not any(isinstance(tensor, module.DTensor) for tensor in tensors):
+    transformed = _transformed()
+    given = [_unwrapped(tensor) for tensor in tensors] if transformed else tensors
+    if module is None or not any(isinstance(tensor, module.DTensor) for tensor in given):
         return None
+    if transformed:
+        raise NotImplementedError(
+            "torch.func needs all classes in one process, got a linear_weight that is sharded"
+        )
     from .class_parallel import ClassShard
 
     return ClassShard.of(tensors[1])
+
+
+def _unwrapped(tensor: Any) -> Any:
+    """A tensor without what the transforms of torch.func put around it."""
+    while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _product_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -468,4 +486,9 @@ def _product_dtype(*tensors: Tensor | None) -> torch.dtype:
 def _takes_gradients() -> bool:
     """Whether a plain backward will ask for gradients, as far as can be foreseen."""
     # The transforms of torch.func differentiate every gradient again, from the inputs.
-    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() and not _transformed()
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._are_functorch_transforms_active()
