@@ -21,7 +21,7 @@ MNIST = FRAMES["mnist"]
 PAPER, INK = 0.9, 0.2
 
 
-def draw(size=(120, 160), box=(30, 40, 90, 120), width=12):
+def draw(size=(120, 160), box=(30, 40, 90, 120), width=16):
     """A 7 in white on black, whose strokes just fit in a box, as an image of mode L."""
     left, top, right, bottom = box
     image = Image.new("L", size)
@@ -61,8 +61,10 @@ def extent(pixels, dim):
     return int(at[0]), int(at[-1])
 
 
-def correlation(a, b):
-    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
+def likeness(a, b):
+    """Their correlation, where the centre of mass may be rounded to the next pixel."""
+    moved = (a.roll((y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1))
+    return max(torch.corrcoef(torch.stack([m.flatten(), b.flatten()]))[0, 1].item() for m in moved)
 
 
 @pytest.fixture
@@ -165,32 +167,32 @@ def test_any_two_levels_of_grey(ink, expected, paper, pen):
 @pytest.mark.parametrize("left", [0, 30])
 def test_any_place_on_any_size_of_paper(expected, size, left):
     picture = to_grey(draw(size, (left, 40, left + 60, 120)))
-    assert correlation(square(on_paper(picture)), expected) > 0.98
+    assert likeness(square(on_paper(picture)), expected) > 0.98
 
 
 @pytest.mark.parametrize("scale", [0.5, 2, 5])
 def test_any_size_of_ink(expected, scale):
     sizes = [[round(scale * x) for x in xs] for xs in ((120, 160), (30, 40, 90, 120))]
-    picture = to_grey(draw(*sizes, width=round(12 * scale)))
-    assert correlation(square(on_paper(picture)), expected) > 0.98
+    picture = to_grey(draw(*sizes, width=round(16 * scale)))
+    assert likeness(square(on_paper(picture)), expected) > 0.98
 
 
 def test_light_that_falls_off(ink, expected):
     light = torch.linspace(0.4, 1, 160)[:, None] * torch.linspace(1, 0.7, 120)
-    assert correlation(square(on_paper(ink) * light), expected) > 0.98
+    assert likeness(square(on_paper(ink) * light), expected) > 0.98
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.08])
 def test_noise(ink, expected, noise):
     picture = on_paper(ink) + noise * torch.randn(ink.shape)
-    assert correlation(square(picture), expected) > 0.97
+    assert likeness(square(picture), expected) > 0.97
 
 
 def test_specks_of_dirt_are_no_ink(ink, expected):
     picture = on_paper(ink)
     for y, x in ((5, 5), (150, 100), (80, 3)):
         picture[y : y + 3, x : x + 3] = 0
-    assert correlation(square(picture), expected) > 0.98
+    assert likeness(square(picture), expected) > 0.98
 
 
 def test_parts_that_belong_together_are_all_kept():
@@ -204,7 +206,7 @@ def test_parts_that_belong_together_are_all_kept():
 
 def test_an_mnist_like_image_stays_what_it_is(expected):
     torch.testing.assert_close(square(expected), expected, atol=0.2, rtol=0)
-    assert correlation(square(expected), expected) > 0.99
+    assert likeness(square(expected), expected) > 0.99
 
 
 # Nothing drawn
@@ -253,7 +255,8 @@ FILES = {
     "black and white": ("png", painted("L", 255, 0).convert("1")),
     "light on dark": ("png", painted("L", 10, 220)),
     "colours": ("png", painted("RGB", (250, 240, 200), (20, 40, 160))),
-    "colours of one brightness": ("png", painted("RGB", (0, 130, 0), (255, 0, 0)).convert("RGB")),
+    "colours of one brightness": ("png", painted("RGB", (0, 130, 0), (255, 0, 0))),
+    "two pure colours": ("png", painted("RGB", (0, 200, 0), (200, 0, 0))),
     "palette": ("png", painted("RGB", (250, 240, 200), (20, 40, 160)).quantize(8)),
     "black on nothing": ("png", painted("RGBA", (255, 255, 255, 0), (0, 0, 0, 255))),
     "black on nothing, stored as black": ("png", painted("RGBA", (0, 0, 0, 0), (0, 0, 0, 255))),
@@ -274,7 +277,7 @@ FILES = {
 def test_any_kind_of_file(tmp_path, expected, name):
     suffix, image = FILES[name]
     path = save(image, tmp_path / f"picture.{suffix}")
-    assert correlation(square(read_image(path)), expected) > 0.98
+    assert likeness(square(read_image(path)), expected) > 0.98
 
 
 @pytest.mark.parametrize(
@@ -290,14 +293,14 @@ def test_the_orientation_of_a_photo(tmp_path, expected, orientation, turn_back):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(draw().transpose(turn_back), tmp_path / "photo.jpg", exif=exif)
-    assert correlation(square(read_image(path)), expected) > 0.98
+    assert likeness(square(read_image(path)), expected) > 0.98
 
 
 def test_a_large_picture_is_shrunk(tmp_path, expected):
     image = draw().resize((1200, 1600)).filter(ImageFilter.GaussianBlur(3))
     grey = read_image(save(image, tmp_path / "large.png"))
     assert grey.shape == (READ_SIDE, READ_SIDE * 3 // 4)
-    assert correlation(square(grey), expected) > 0.98
+    assert likeness(square(grey), expected) > 0.98
 
 
 @pytest.mark.parametrize("image", [Image.new("RGBA", (50, 50)), Image.new("I;16", (50, 50))])
@@ -339,3 +342,18 @@ def test_too_many_pixels(tmp_path, monkeypatch):
     path = save(draw(), tmp_path / "huge.png")
     with pytest.raises(ImageError, match=f"{path} has more pixels than can be read"):
         read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("grey", "error", "message"),
+    [
+        (torch.zeros(9, 9, dtype=torch.uint8), TypeError, "grey must have a floating-point dtype"),
+        ([[0.0]], TypeError, "grey must be a tensor, got list"),
+        (torch.zeros(3, 9, 9), ValueError, r"grey must have a shape \(H, W\) .* got \(3, 9, 9\)"),
+        (torch.zeros(0, 9), ValueError, r"grey must have a shape \(H, W\) .* got \(0, 9\)"),
+        (torch.full((9, 9), math.nan), ValueError, "grey must hold finite numbers"),
+    ],
+)
+def test_bad_grey_levels(grey, error, message):
+    with pytest.raises(error, match=message):
+        normalize(grey, MNIST)
