@@ -35,7 +35,13 @@ from benchmark_start import start
 from tqdm import tqdm
 
 from torch_softmax import _checks as checks
-from torch_softmax._command_line import Parser, add_device_option, choose_device, run_command
+from torch_softmax._command_line import (
+    Parser,
+    add_data_dir_option,
+    add_device_option,
+    choose_device,
+    run_command,
+)
 
 Section = Callable[[Options], Iterator[Row | str]]
 
@@ -106,13 +112,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="for all but the sections on MNIST and start, which take one (default: %(default)s)",
     )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where MNIST lies or is downloaded to (default: %(default)s)",
-    )
+    add_data_dir_option(parser)
     parser.add_argument(
         "--output",
         type=Path,

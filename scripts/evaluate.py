@@ -14,13 +14,17 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from torch_softmax import metrics
-from torch_softmax._command_line import Parser, add_checkpoint_option, run_command
+from torch_softmax._command_line import (
+    Parser,
+    add_checkpoint_option,
+    add_data_dir_option,
+    run_command,
+)
 from torch_softmax.checkpoints import load_checkpoint
 from torch_softmax.data import DATASETS, NUM_CLASSES, ImageDataset, load_dataset
 from torch_softmax.functional import cross_entropy, softmax
@@ -62,13 +66,7 @@ def build_parser() -> Parser:
         choices=DATASETS[1:],
         help="whose test images to take (default: those of the data set it was trained on)",
     )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where data sets lie or are downloaded to (default: %(default)s)",
-    )
+    add_data_dir_option(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 

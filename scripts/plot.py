@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch_softmax._command_line import Parser, run_command
+from torch_softmax._command_line import Parser, add_data_dir_option, run_command
 from torch_softmax.checkpoints import CHECKPOINT_NAME, load_checkpoint, write_atomically
 from torch_softmax.data import load_dataset
 
@@ -63,13 +63,7 @@ def build_parser() -> Parser:
         metavar="CSV",
         help="chart what scripts/benchmark.py wrote instead, as two SVG files",
     )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where data sets lie or are downloaded to (default: %(default)s)",
-    )
+    add_data_dir_option(parser)
     parser.add_argument(
         "--output",
         type=Path,

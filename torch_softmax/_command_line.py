@@ -45,7 +45,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="auto (the default) is mnist if it is on disk or can be downloaded, else digits, "
         "which are part of the package",
     )
-    data.add_argument(
+    add_data_dir_option(data)
+
+
+def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
+    """Add --data-dir."""
+    parser.add_argument(
         "--data-dir",
         type=Path,
         default=Path("data"),
