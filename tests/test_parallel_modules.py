@@ -205,6 +205,9 @@ def train_in_fsdp(mesh, name):
     return trained(model, *part_of_batch(mesh))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 can't fully_shard on a CPU itself"
+)
 @every_model
 def test_fully_shard_trains_as_one_process(two, name):
     assert_trained_alike(two.run(train_in_fsdp, name), name, losses=False)
