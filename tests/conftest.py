@@ -1,5 +1,7 @@
 """What every test starts from: a fixed seed, one thread, and torch's own warnings set aside."""
 
+import signal
+
 import pytest
 import torch
 
@@ -13,6 +15,14 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c():
+    # A job in the background is started with Ctrl-C ignored, which the trainer would respect.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
 
 
 @pytest.fixture(autouse=True, scope="session")

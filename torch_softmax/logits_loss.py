@@ -147,6 +147,7 @@ def cross_entropy(
         ValueError: Shapes don't fit, a class index is out of range, or an option is unknown.
 
     Example:
+        >>> import torch
         >>> input = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
         >>> loss = cross_entropy(input, torch.tensor([0]))
         >>> loss.backward()

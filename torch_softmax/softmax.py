@@ -62,6 +62,7 @@ def softmax(input: Tensor, dim: int = -1) -> Tensor:
         IndexError: `input` has no dimension `dim`.
 
     Example:
+        >>> import torch
         >>> softmax(torch.tensor([0.0, 1.0, 1.0]))
         tensor([0.1554, 0.4223, 0.4223])
 
