@@ -81,7 +81,8 @@ def message_line(shape: Shape, size: int, nbytes: int) -> str:
     return (
         f"{SECTION} at {shape}, {size} processes: each brings {nbytes / 1024:,.0f} KiB to the sums "
         f"of a step, of which ∂L/∂x is {dx / 1024:,.0f}; a gather of the logits would bring it "
-        f"{gathered / 1024:,.0f} KiB (N K {size - 1}/{size} numbers, computed) besides ∂L/∂x"
+        f"{gathered / 1024:,.0f} KiB (N K {size - 1}/{size} numbers, computed, as of Megatron-LM's "
+        "ColumnParallelLinear with gather_output) besides ∂L/∂x"
     )
 
 
@@ -143,13 +144,19 @@ def estimate() -> Iterator[str]:
     rows = default_chunk_size(share)
     ring = 2 * (RANKS - 1) / RANKS  # what an all-reduce sends, in sizes of the tensor
     flops = 3 * 2 * N * D * share
-    sums, dx = 3 * N * 4, N * D * BYTES
+    sums, dx = 3 * N * 4, N * D * 4  # float32, also where the input is narrower
+    memory = {
+        "the weight": share * D * BYTES,
+        "its gradient in float32": share * D * 4,
+        "a chunk's part of that": share * D * 4,
+        f"{rows} rows of logits with two copies in float32": rows * share * (BYTES + 2 * 4),
+        "the input and its gradient": 2 * N * D * BYTES,
+    }
+    parts = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in memory.items())
     yield f"estimate, not measured: {N} rows, {D} features, {K:,} classes on {RANKS} GPUs, bfloat16"
     yield (
-        f"  memory of a rank: weight {share * D * BYTES / MIB:,.0f} MiB, its gradient summed in "
-        f"float32 {share * D * 4 / MIB:,.0f} MiB, input and its gradient {2 * dx / MIB:,.0f} MiB, "
-        f"logits of {rows} rows {rows * share * BYTES / MIB:,.0f} MiB and some of that in float32; "
-        f"all logits would be {N * K * BYTES / MIB:,.0f} MiB"
+        f"  memory of a rank: {sum(memory.values()) / MIB:,.0f} MiB at the peak ({parts}); "
+        f"all logits alone would be {N * K * BYTES / MIB:,.0f} MiB"
     )
     yield (
         f"  sent by a rank in a step: {ring * sums / 1024:,.0f} KiB for the loss and "
@@ -159,5 +166,6 @@ def estimate() -> Iterator[str]:
     yield (
         f"  floor of a step: {flops / PEAK_FLOPS * 1e3:.0f} ms of products at the peak of an H100 "
         f"({PEAK_FLOPS / 1e12:.0f} TFLOP/s), and {ring * dx / LINK_BYTES * 1e3:.2f} ms for ∂L/∂x "
-        f"at {LINK_BYTES / 1e9:.0f} GB/s"
+        f"at {LINK_BYTES / 1e9:.0f} GB/s; a gather of the logits would add "
+        f"{N * share * BYTES * (RANKS - 1) / LINK_BYTES * 1e3:.0f} ms"
     )

@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 LIMIT = 60.0  # seconds of a call
 GRACE = 10.0  # seconds that the other ranks have after one has failed
 
-# Its server imports once what otherwise every process would, some of it in its first call.
+# Its server imports once what otherwise every process would, some of it in its first call. All
+# tests share it, and it goes by the last who told it what to import.
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pytest", "torch._dynamo", "torch_softmax.class_parallel"])
 

@@ -35,7 +35,8 @@ class ClassParallel(ParallelStyle):
     `LinearCrossEntropyLoss` and `functional.linear_cross_entropy` take it from there: given the
     same rows on every rank they return the same loss on every rank, and the gradients of all of
     x and of the rank's own W_p and b_p. The ranks exchange three numbers a row for the loss (a
-    maximum and two sums) and add up ∂L/∂x once; logits and weights stay where they are.
+    maximum and two sums) and add up ∂L/∂x once, in float32 at least; logits and weights stay where
+    they are.
 
     Only who asks for logits themselves, by `forward`, `predict` or `predict_proba`, has them
     gathered: all classes of the rows given, on every rank.
