@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torch_softmax.functional import linear_cross_entropy
-from torch_softmax.linear_loss import default_chunk_size
+from torch_softmax.losses.linear import default_chunk_size
 
 SECTION = "parallel"
 SHAPE, QUICK_SHAPE = Shape(2048, 256, 32768), Shape(256, 64, 4096)

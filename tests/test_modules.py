@@ -161,7 +161,9 @@ def test_cross_entropy_loss_is_that_of_torch(options, target):
 
 
 def test_arguments_of_cross_entropy_loss_are_those_of_torch():
-    assert arguments_of(CrossEntropyLoss) == arguments_of(nn.CrossEntropyLoss)
+    *ours, dtype = arguments_of(CrossEntropyLoss)
+    assert ours == arguments_of(nn.CrossEntropyLoss)
+    assert dtype[0] == "dtype"
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
@@ -239,7 +241,9 @@ def test_linear_cross_entropy_loss_starts_as_that_of_torch():
 def test_arguments_of_linear_cross_entropy_loss_are_those_of_torch_but_for_the_chunk_size():
     *theirs, options = arguments_of(nn.LinearCrossEntropyLoss)
     assert options[0] == "options"
-    assert arguments_of(LinearCrossEntropyLoss)[:-1] == theirs
+    *ours, chunk_size, loss_dtype = arguments_of(LinearCrossEntropyLoss)
+    assert ours == theirs
+    assert (chunk_size[0], loss_dtype[0]) == ("chunk_size", "loss_dtype")
 
 
 @every_option

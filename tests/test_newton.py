@@ -8,7 +8,6 @@ from torch.autograd.functional import hvp
 from torch.nn import functional as F
 
 from torch_softmax import SoftmaxRegression, newton
-from torch_softmax._targets import Targets
 from torch_softmax.data import load_dataset
 
 CLASSES = 10
@@ -271,9 +270,8 @@ def problem(request, examples, bias):
     input, target = examples
     if request.param == "probabilities":
         target = probabilities(target)
-    targets = Targets(target, None, None)
     v = 0.3 * torch.randn(CLASSES, 64 + bias, dtype=torch.float64)
-    return newton._Objective(input, targets, WEIGHT_DECAY, bias), v, input, target
+    return newton._Objective(input, target, WEIGHT_DECAY, bias), v, input, target
 
 
 def plain_objective(input, target, bias):
@@ -289,7 +287,7 @@ def test_hessian_product_is_that_of_autograd(problem, bias):
     f, v, input, target = problem
     u = torch.randn_like(v)
     expected = hvp(plain_objective(input, target, bias), v, u)[1]
-    torch.testing.assert_close(newton._Hessian(f, v)(u), expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(f.hessian(v)(u), expected, rtol=1e-11, atol=1e-13)
 
 
 def test_hessian_product_is_the_difference_of_gradients(problem):
@@ -297,27 +295,27 @@ def test_hessian_product_is_the_difference_of_gradients(problem):
     u = torch.randn_like(v)
     step = 1e-6
     difference = f.at(v + step * u).gradient - f.at(v - step * u).gradient
-    torch.testing.assert_close(newton._Hessian(f, v)(u), difference / (2 * step), rtol=0, atol=1e-8)
+    torch.testing.assert_close(f.hessian(v)(u), difference / (2 * step), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("count", [1, 256, 511, 1442])
 def test_pieces_change_no_product(problem, count, bias, monkeypatch, two_threads):
     _, v, input, target = problem
     monkeypatch.setattr(newton, "_CACHED_INPUT", 1)  # 256 rows for each of two threads
-    f = newton._Objective(input[:count], Targets(target[:count], None, None), WEIGHT_DECAY, bias)
+    f = newton._Objective(input[:count], target[:count], WEIGHT_DECAY, bias)
     u = torch.randn_like(v)
     expected = hvp(plain_objective(input[:count], target[:count], bias), v, u)[1]
-    torch.testing.assert_close(newton._Hessian(f, v)(u), expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(f.hessian(v)(u), expected, rtol=1e-11, atol=1e-13)
 
 
 def test_mean_curvature_is_the_mean_eigenvalue(problem):
     f, v, input, target = problem
-    logits = f.logits(v, input.unsqueeze(0))[0].t()
+    logits = f.examples.logits(v, input.unsqueeze(0))[0].t()
     mass = target.sum(1) if target.is_floating_point() else torch.ones(len(target))
     S = torch.softmax(logits, 1)
     mean = ((torch.diag_embed(S) - S[:, :, None] * S[:, None]) * mass[:, None, None]).mean(0)
     expected = torch.linalg.eigvalsh(mean)[1:].mean().item()
-    assert newton._Hessian(f, v).mean_curvature() == pytest.approx(expected, rel=1e-10)
+    assert f.hessian(v).of_losses.mean_curvature() == pytest.approx(expected, rel=1e-10)
 
 
 def test_gram_is_that_of_the_input_with_ones(problem, bias):
@@ -328,8 +326,10 @@ def test_gram_is_that_of_the_input_with_ones(problem, bias):
 
 def solve(f, v, stop):
     """The Hessian at v, and the solution of a Newton step from there."""
-    hessian = newton._Hessian(f, v)
-    precondition = newton._Preconditioner(f.gram(), hessian.mean_curvature(), WEIGHT_DECAY, None)
+    hessian = f.hessian(v)
+    precondition = newton._Preconditioner(
+        f.gram(), hessian.of_losses.mean_curvature(), WEIGHT_DECAY, None
+    )
     return hessian, newton._solve(hessian, f.at(v).gradient, precondition, stop)
 
 

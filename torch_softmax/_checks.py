@@ -1,9 +1,10 @@
 """Validation at the public boundary, and the wording of every error that it raises."""
 
+import numbers
+import operator
+
 import torch
 from torch import Tensor
-
-REDUCTIONS = ("none", "mean", "sum")
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -31,35 +32,31 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], reason: str) -> N
 
 def positive(name: str, value: object) -> None:
     """Raise unless a named argument is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
+    if integer(name, value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def options(
-    classes: int | None,
-    weight: Tensor | None,
-    ignore_index: object,
-    reduction: str,
-    label_smoothing: object,
-) -> None:
-    """Raise unless the options of a loss are sound, for a number of classes where that is known."""
-    one_of("reduction", reduction, REDUCTIONS)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, type(None))):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing must be a float, got {label_smoothing!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
-    if classes == 0:
-        raise ValueError("input must have at least one class, got none")
-    if weight is not None:
-        floating("weight", weight)
-        if classes is not None:
-            shape("weight", weight, (classes,), "for one weight a class")
-        if weight.requires_grad:
-            raise ValueError("weight must not require a gradient, for the loss gives it none")
+def integer(name: str, value: object) -> int:
+    """Return a named argument as an int, or raise: NumPy's integers and 0-d tensors will do."""
+    try:
+        if isinstance(value, (bool, float)):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+
+
+def number(name: str, value: object) -> float:
+    """Return a named argument as a float, or raise: NumPy's numbers and 0-d tensors will do."""
+    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
+        return float(value)
+    raise TypeError(f"{name} must be a float, got {value!r}")
+
+
+def floating_dtype(name: str, value: object) -> None:
+    """Raise unless a named argument is a dtype of real floating-point numbers."""
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point torch.dtype, got {value!r}")
 
 
 def target(
@@ -85,8 +82,11 @@ def labels(value: Tensor, classes: int, ignore_index: int) -> bool:
     That is looked at only where it can be seen without waiting, which is on a CPU, outside of a
     compiler and of vmap. Elsewhere the kernels that gather by these indices check them.
     """
+    if value.is_floating_point():
+        return False
     if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
         return True
+    value = value.long()
     try:
         low, high = (int(bound) for bound in value.aminmax())
     except RuntimeError:  # under vmap, indices have no single value
@@ -130,7 +130,9 @@ def linear_layer(input: object, linear_weight: object, linear_bias: object) -> N
         shape("linear_bias", linear_bias, linear_weight.shape[:-1], "as linear_weight without D")
 
 
-def chunk_size(value: object) -> None:
-    """Raise unless a number of rows is a positive int, or None."""
-    if value is not None:
-        positive("chunk_size", value)
+def chunk_size(value: object) -> int | None:
+    """Return a number of rows as an int, or None as it is; or raise unless it is at least 1."""
+    if value is None:
+        return None
+    positive("chunk_size", value)
+    return integer("chunk_size", value)

@@ -19,8 +19,12 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.functional import pad
 
-from ._spread import Spread
-from ._targets import Targets
+from . import _checks as checks
+from .losses._autograd import is_in_func
+from .losses._dtypes import product_dtype
+from .losses._formulas import Target
+from .losses._targets import Options, Rows, fold
+from .losses.linear import Layer, check, default_chunk_size, dtypes_and_chunks, loss_of_layer
 
 __all__ = ["ClassParallel", "ClassShard"]
 
@@ -87,6 +91,58 @@ def _gather_logits(_: nn.Module, logits: DTensor, mesh: DeviceMesh) -> Tensor:
 
 
 @dataclass(frozen=True)
+class RanksOfGroup:
+    """How the ranks of a group combine their numbers.
+
+    All ranks have the same rows, and call each method in the same order, with the same shapes.
+    """
+
+    group: Any  # the ProcessGroup; its class is missing where torch was built without it
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest value of all ranks."""
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
+        return value
+
+    def total(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """The sum of each value over all ranks, in one message."""
+        message = torch.stack(values)
+        dist.all_reduce(message, dist.ReduceOp.SUM, group=self.group)
+        return message.unbind()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def sharded_cross_entropy(
+    layer: Layer, target: Tensor, options: Options, chunk_size: int | None
+) -> Tensor:
+    """`linear_cross_entropy` where the weight is sharded by classes over a mesh.
+
+    Each rank has the same rows, and works out its own classes. The ranks agree first on what they
+    were called with.
+    """
+    check(layer, target, options)
+    if is_in_func():
+        raise NotImplementedError(
+            "torch.func needs all classes in one process, got a linear_weight that is sharded"
+        )
+    shard = ClassShard.of(layer.linear_weight)
+    dtype = product_dtype(*layer)
+    shard.agree(
+        {**layer._asdict(), "target": target, "weight": options.weight},
+        dtype=(dtype, options.dtype),
+        reduction=options.reduction,
+        ignore_index=options.ignore_index,
+        label_smoothing=options.label_smoothing,
+        chunk_size=chunk_size,
+    )
+    step = chunk_size or default_chunk_size(shard.step)
+    returned, how = dtypes_and_chunks(layer, target, options, step, shard.ranks)
+    local = shard.layer(layer, dtype)
+    rows = shard.rows(target, options, how.dtype)
+    return loss_of_layer(local, rows, options.reduction, how).to(returned)
+
+
+@dataclass(frozen=True)
 class ClassShard:
     """The classes `start` to `stop` of all, which are those of this rank.
 
@@ -94,6 +150,7 @@ class ClassShard:
     """
 
     mesh: DeviceMesh
+    classes: int  # all
     step: int  # the classes of a rank that has its full share
     start: int
     stop: int
@@ -110,33 +167,51 @@ class ClassShard:
         _check_mesh("linear_weight", mesh)
         step = -(-classes // mesh.size())
         start = min(mesh.get_local_rank() * step, classes)
-        return cls(mesh, step, start, min(start + step, classes))
+        return cls(mesh, classes, step, start, min(start + step, classes))
 
-    def parameters(
-        self, linear_weight: Tensor, linear_bias: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
-        """W_p and b_p, in the dtype of the products."""
-        if linear_weight.dim() > 2:
+    @property
+    def ranks(self) -> RanksOfGroup:
+        """The ranks that have the other classes."""
+        return RanksOfGroup(self.mesh.get_group())
+
+    def layer(self, layer: Layer, dtype: torch.dtype) -> Layer:
+        """All of x, and W_p and b_p in the dtype of the products."""
+        x, W, b = layer
+        if W.dim() > 2:
             raise ValueError(
                 "linear_weight must have the shape (C, D) where it is sharded, "
-                f"got {tuple(linear_weight.shape)}"
+                f"got {tuple(W.shape)}"
             )
-        W = self._local("linear_weight", linear_weight, 0).to(dtype)
-        b = None if linear_bias is None else self._local("linear_bias", linear_bias, 0).to(dtype)
+        W = self._local("linear_weight", W, 0).to(dtype)
+        b = None if b is None else self._local("linear_bias", b, 0).to(dtype)
         if self.stop == self.start:
             W = pad(W, (0, 0, 0, 1))
             b = W.new_empty(0) if b is None else b
             b = pad(b, (0, 1), value=torch.finfo(dtype).min)
-        return W, b
+        return Layer(self._whole("input", x), W, b)
 
-    def rows(
-        self, input: Tensor, target: Tensor, weight: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """All of x, labels and class weights; and of probabilities (..., K) this rank's classes."""
-        input = self._whole("input", input)
-        weight = None if weight is None else self._whole("weight", weight)
-        if not target.is_floating_point():
-            return input, self._whole("target", target), weight
+    def rows(self, target: Tensor, options: Options, dtype: torch.dtype) -> Rows:
+        """The rows of the loss, with this rank's part of their target distributions."""
+        if options.weight is not None:
+            options = options._replace(weight=self._whole("weight", options.weight))
+        if target.is_floating_point():
+            return self._rows_of_probabilities(target, options, dtype)
+        target = self._whole("target", target)
+        may_ignore = checks.labels(target, self.classes, options.ignore_index)
+        rows = fold(target, options, self.classes, dtype, may_ignore=may_ignore)
+        label, hot, _, floor = rows.y
+        inside = (label >= self.start) & (label < self.stop)
+        return rows._replace(
+            y=Target(
+                (label - self.start).masked_fill(~inside, 0),
+                inside.to(dtype) if hot is None else hot * inside,
+                None,
+                None if floor is None else self._columns(floor[self.start : self.stop]),
+            )
+        )
+
+    def _rows_of_probabilities(self, target: Tensor, options: Options, dtype: torch.dtype) -> Rows:
+        """The rows of probabilities (..., K), or of this rank's part of them."""
         if target.requires_grad:
             raise NotImplementedError(
                 "target must not require a gradient where linear_weight is sharded"
@@ -145,22 +220,14 @@ class ClassShard:
             target = self._local("target", target, target.dim() - 1)
         else:
             target = target[..., self.start : self.stop]
-        return input, self._columns(target), weight
-
-    def targets(self, y: Targets, accumulate: torch.dtype) -> Targets:
-        """This rank's part of the targets, where class weights and labels are of all classes."""
-        here = slice(self.start, self.stop)
-        scale, floor = (None if v is None else self._columns(v[here]) for v in (y.scale, y.floor))
-        group = self.mesh.get_group()
-        if y.is_dense():
-            part = Targets(y.target, scale, floor)
-            mass = part.mass(y.target.to(accumulate))
-            assert mass is not None
-            return part._replace(spread=Spread(group, None, Spread(group, None, None).sum_(mass)))
-        inside = (y.target >= self.start) & (y.target < self.stop)
-        target = (y.target - self.start).masked_fill(~inside, 0)
-        mass = y.mass(y.target)
-        return Targets(target, scale, floor, Spread(group, inside.to(accumulate), mass))
+        if options.weight is not None or options.label_smoothing:
+            weight = options.weight
+            weight = target.new_ones(self.classes, dtype=dtype) if weight is None else weight
+            options = options._replace(weight=self._columns(weight[self.start : self.stop]))
+        rows = fold(self._columns(target), options, self.classes, dtype, may_ignore=False)
+        assert rows.mass is not None
+        (mass,) = self.ranks.total(rows.mass)
+        return rows._replace(mass=mass)
 
     def agree(self, tensors: dict[str, Tensor | None], **options: object) -> None:
         """Raise on all ranks unless all were called alike: else they'd wait for ever, or be wrong.
@@ -171,8 +238,6 @@ class ClassShard:
             tensors: by the names of the arguments; those that are sharded differ in their values.
             options: by the names of the arguments.
         """
-        if torch.compiler.is_compiling():
-            return
         kinds = {name: _kind(tensor) for name, tensor in tensors.items()} | options
         marks = [float(crc32(repr(kind).encode())) for kind in kinds.values()]
         sums = [_weighted_sum(tensor) for tensor in tensors.values()]

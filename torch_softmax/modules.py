@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import _checks as checks
 from . import functional
+from .losses._targets import check_classes, options_of
 
 
 class SoftmaxRegression(nn.Linear):
@@ -87,9 +88,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        checks.options(None, weight, ignore_index, self.reduction, label_smoothing)
+        options_of(weight, ignore_index, self.reduction, label_smoothing, dtype)
+        self.dtype = dtype
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (C), (N, C) or (N, C, d1, ...)."""
@@ -100,6 +104,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             self.ignore_index,
             self.reduction,
             self.label_smoothing,
+            dtype=self.dtype,
         )
 
 
@@ -140,11 +145,14 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         chunk_size: int | None = None,
+        loss_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checks.positive("in_features", in_features)
         checks.positive("num_classes", num_classes)
-        checks.options(num_classes, weight, ignore_index, reduction, label_smoothing)
+        ignored = -100 if ignore_index is None else ignore_index
+        options_of(weight, ignored, reduction, label_smoothing, loss_dtype)
+        check_classes(num_classes, weight)
         checks.chunk_size(chunk_size)
         self.num_classes = num_classes
         self.out_features = out_features
@@ -152,6 +160,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.chunk_size = chunk_size
+        self.loss_dtype = loss_dtype
         self.register_buffer("weight", weight)
         # The parameters keep two dimensions, as an nn.Linear has.
         outputs = math.prod(out_features, start=num_classes)
@@ -174,6 +183,7 @@ class LinearCrossEntropyLoss(nn.Module):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             chunk_size=self.chunk_size,
+            dtype=self.loss_dtype,
         )
 
     def extra_repr(self) -> str:

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from . import _formulas as formulas
-from ._chunks import slices
-from ._sweeps import Needs, loss_and_gradients
-from ._targets import Targets
+from .losses._formulas import Weights
+from .losses._hessian import Examples, MeanHessian, cut
+from .losses._sweeps import How, Inputs, numbers_and_gradients
+from .losses._targets import Options, fold
 from .modules import SoftmaxRegression
 
 # Throughout, v = (W, b) are the parameters and u, d, ... directions, all of shape (K, P): with
 # P = D + 1, the last column for b, or with P = D where there is no bias.
 
 IGNORED = -100  # the class index that leaves an example out, torch's default
+_OPTIONS = Options(
+    weight=None, ignore_index=IGNORED, reduction="sum", label_smoothing=0, dtype=None
+)
 
 # Numbers of x to work out at a time, so that a CPU finds them in its cache for the second product.
 _CACHED_INPUT = 2**20
@@ -105,8 +108,7 @@ def minimize(
     _check_number("weight_decay", weight_decay, "at least 0", weight_decay >= 0)
     _check_number("tolerance", tolerance, "above 0", tolerance > 0)
     checks.positive("max_steps", max_steps)
-    x, y = _examples(model, input, target)
-    objective = _Objective(x, y, weight_decay, model.bias is not None)
+    objective = _Objective(*_examples(model, input, target), weight_decay, model.bias is not None)
     v = _parameters(model)
     point = objective.at(v - v.mean(0))
     if not math.isfinite(point.value):
@@ -121,8 +123,9 @@ def minimize(
 
     gram, known = objective.gram(), None
     for step in range(1, max_steps + 1):
-        hessian = _Hessian(objective, point.v)
-        precondition = _Preconditioner(gram, hessian.mean_curvature(), weight_decay, known)
+        hessian = objective.hessian(point.v)
+        curvature = hessian.of_losses.mean_curvature()
+        precondition = _Preconditioner(gram, curvature, weight_decay, known)
         # The last system is solved no further than the tolerance asks for.
         stop = max(_FORCING * point.norm, 0.8 * tolerance)
         u, known, products = _solve(hessian, point.gradient, precondition, stop)
@@ -145,8 +148,8 @@ def _check_number(name: str, value: float, expected: str, holds: bool) -> None:
         raise ValueError(f"{name} must be a finite number {expected}, got {value}")
 
 
-def _examples(model: SoftmaxRegression, input: Tensor, target: Tensor) -> tuple[Tensor, Targets]:
-    """The examples that are not left out, checked: x (N, D) and their targets."""
+def _examples(model: SoftmaxRegression, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The examples that are not left out, checked: x (N, D) and class indices or probabilities."""
     dtype, classes = model.weight.dtype, model.num_classes
     checks.linear_layer(input, model.weight, model.bias)
     if dtype not in (torch.float32, torch.float64):
@@ -167,7 +170,7 @@ def _examples(model: SoftmaxRegression, input: Tensor, target: Tensor) -> tuple[
             x, y = x[keep], y[keep]
     if len(x) == 0:
         raise ValueError("input must hold at least one example that is not left out, got none")
-    return x, Targets(y, None, None)
+    return x, y
 
 
 def _parameters(model: SoftmaxRegression) -> Tensor:
@@ -200,71 +203,40 @@ class _Point(NamedTuple):
         return float(self.gradient.norm())
 
 
-class _Piece(NamedTuple):
-    """Some examples in equal parts, one for each core.
-
-    A product for each core takes a quarter less time than one that all cores share.
-    """
-
-    x: Tensor  # (parts, n, D)
-    mass: Tensor | None  # of their targets, (parts, 1, n), None for 1
-
-    @staticmethod
-    def cut(x: Tensor, y: Targets, parts: int) -> "_Piece":
-        """Cut examples x (n, D) into a number of parts, or leave them whole where n forbids it."""
-        parts = parts if len(x) % parts == 0 else 1
-        mass = y.mass(x)
-        return _Piece(
-            x.view(parts, -1, x.shape[1]), None if mass is None else mass.view(parts, 1, -1)
-        )
-
-
 class _Objective:
     """f over all examples."""
 
-    def __init__(self, x: Tensor, y: Targets, weight_decay: float, bias: bool) -> None:
-        self.x, self.y, self.bias = x, y, bias
+    def __init__(self, x: Tensor, target: Tensor, weight_decay: float, bias: bool) -> None:
         count, features = x.shape
+        self.x = x
+        self.rows = fold(target, _OPTIONS, target.shape[-1], x.dtype, may_ignore=False)
         self.decay = x.new_full((features + bias,), weight_decay)
         self.decay[features:] = 0
         # Other devices than a CPU want few large kernels.
         on_cpu = x.device.type == "cpu"
         self.chunk_size = max(256, _CACHED_INPUT // features) if on_cpu else count
         parts = torch.get_num_threads() if on_cpu else 1
-        pieces = slices(count, self.chunk_size * parts)
-        self.pieces = [_Piece.cut(x[rows], y.rows(rows), parts) for rows in pieces]
-
-    def split(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(W, b) as views of v."""
-        features = self.x.shape[1]
-        return v[:, :features], v[:, features] if self.bias else None
+        pieces = list(cut(x, self.rows.mass, self.chunk_size, parts))
+        self.examples = Examples(pieces, count, features, bias)
 
     def at(self, v: Tensor) -> _Point:
         """Value and gradient."""
-        W, b = self.split(v)
-        needs = Needs(x=False, W=True, b=self.bias, p=False)
-        losses, (_, dW, db, _) = loss_and_gradients(
-            self.x, W, b, self.y, None, self.chunk_size, needs
-        )
+        y, mass, *_ = self.rows
+        inputs = Inputs(self.x, *self.examples.split(v), *y)
+        wanted = Inputs(False, True, self.examples.bias, False)
+        how = How(self.chunk_size, v.dtype, v.dtype)
+        numbers, by = numbers_and_gradients(inputs, Weights(mass), wanted, how)
+        losses = numbers.gap + (numbers.log_sum if mass is None else mass * numbers.log_sum)
         gradient = self.decay * v
         value = float(losses.double().mean()) + 0.5 * _dot(gradient.double(), v.double())
-        for part, of_losses in zip(self.split(gradient), (dW, db), strict=True):
-            if part is not None and of_losses is not None:
+        for part, of_losses in zip(self.examples.split(gradient), (by.W, by.b), strict=True):
+            if part is not None:
                 part.add_(of_losses, alpha=1 / len(self.x))
         return _Point(v, value, gradient)
 
-    def logits(self, v: Tensor, x: Tensor) -> Tensor:
-        """W xᵀ + b of each part, (parts, K, n)."""
-        W, b = self.split(v)
-        z = torch.bmm(W.expand(len(x), -1, -1), x.transpose(1, 2))
-        return z if b is None else z.add_(b.unsqueeze(1))
-
-    def add_mean_(self, total: Tensor, a: Tensor, x: Tensor) -> None:
-        """Add 1/N Σ a xᵀ to a total (K, P), over all parts of a (parts, K, n) and of x."""
-        W, b = self.split(total)
-        W.add_(torch.bmm(a, x).sum(0), alpha=1 / len(self.x))
-        if b is not None:
-            b.add_(a.sum((0, 2)), alpha=1 / len(self.x))
+    def hessian(self, v: Tensor) -> "_Hessian":
+        """∇²f(v)."""
+        return _Hessian(MeanHessian(self.examples, v), self.decay)
 
     def gram(self) -> Tensor:
         """X̃ᵀX̃ / N, (P, P), of X̃ = x with a column of ones for the bias."""
@@ -276,30 +248,15 @@ class _Objective:
         return gram
 
 
-class _Hessian:
-    """∇²f(v), which multiplies a direction; it holds S of all examples."""
+class _Hessian(NamedTuple):
+    """∇²f(v), that of the mean loss and of the penalty."""
 
-    def __init__(self, objective: _Objective, v: Tensor) -> None:
-        self.objective = objective
-        # (parts, K, n) for each piece
-        self.softmaxes = [torch.softmax(objective.logits(v, x), 1) for x, _ in objective.pieces]
+    of_losses: MeanHessian
+    decay: Tensor
 
     def __call__(self, u: Tensor) -> Tensor:
-        """1/N Σ_n m_n J_n (u x_n) x_nᵀ + λ u, with J the softmax's Jacobian, (K, P)."""
-        objective = self.objective
-        product = objective.decay * u
-        for (x, mass), softmax in zip(objective.pieces, self.softmaxes, strict=True):
-            a = formulas.jacobian_product(softmax, objective.logits(u, x), 1)
-            objective.add_mean_(product, a if mass is None else a * mass, x)
-        return product
-
-    def mean_curvature(self) -> float:
-        """The mean eigenvalue of 1/N Σ_n m_n J_n, apart from its eigenvalue 0, by J's trace."""
-        total = 0.0
-        for (_, mass), softmax in zip(self.objective.pieces, self.softmaxes, strict=True):
-            traces = 1 - softmax.square().sum(1, keepdim=True)
-            total += float((traces if mass is None else traces * mass).sum())
-        return total / len(self.objective.x) / max(1, softmax.shape[1] - 1)
+        """Its product with a direction, (K, P)."""
+        return self.of_losses(u).addcmul_(self.decay, u)
 
 
 class _Known(NamedTuple):

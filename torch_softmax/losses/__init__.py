@@ -1,0 +1,1 @@
+"""The softmax and its losses: mathematics, chunks of rows, and the derivatives of every order."""

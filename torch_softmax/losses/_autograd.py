@@ -1,0 +1,157 @@
+"""The one autograd Function, and every touch of PyTorch's own machinery, each with its reason."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import compress
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
+
+Tensors = tuple[Tensor | None, ...]
+Mask = tuple[bool, ...]
+
+
+class Differentiable(Protocol):
+    """What `Chunked` applies: a function of tensors that brings its own derivatives."""
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The results, without a thought of derivatives."""
+
+    def pull(self, tensors: Tensors, cotangents: Tensors, wanted: Mask) -> Tensors:
+        """The gradients of the wanted tensors; the others, and cotangents of nothing, are None."""
+
+    def push(self, tensors: Tensors, tangents: Tensors) -> Tensors:
+        """The tangents of the results; None for a tensor that does not move."""
+
+    def batch(self, size: int, dims: tuple[int | None, ...], tensors: Tensors) -> Tensors:
+        """The results for a batch of tensors, along a new first dimension."""
+
+
+class Chunked(Function):
+    """A plan applied to tensors: it saves, calls and returns, and the plan knows the rest."""
+
+    @staticmethod
+    def forward(plan: Differentiable, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return plan.run(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.plan, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        _, *wanted = ctx.needs_input_grad
+        return None, *ctx.plan.pull(ctx.saved_tensors, cotangents, tuple(wanted))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        with nested_forward_mode(ctx) as tensors:
+            return ctx.plan.push(tensors, tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: Differentiable, *tensors: Tensor | None) -> Any:
+        _, *dims = in_dims
+        results = plan.batch(info.batch_size, tuple(dims), tensors)
+        return results, tuple(None if result is None else 0 for result in results)
+
+
+@contextmanager
+def nested_forward_mode(ctx: Any) -> Iterator[Tensors]:
+    """The saved tensors for a Function's jvp, whose own derivatives are taken within the block.
+
+    PyTorch calls a jvp with forward mode switched off at all levels, so that the derivative of an
+    outer level would silently be 0 (pytorch/pytorch#197867). It is switched on again, and the saved
+    tensors come without the tangents of the level at work, which the jvp itself accounts for.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        level = forward_ad._current_level
+        yield tuple(
+            None if tensor is None else forward_ad.unpack_dual(tensor, level=level).primal
+            for tensor in ctx.saved_tensors
+        )
+
+
+def chunked(plan: Differentiable, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Apply a plan, so that what comes of it can be differentiated."""
+    # Without gradients there is nothing to bring. And a compiler drops a Function's jvp, and takes
+    # its backward for the end of differentiation (pytorch/pytorch#192985).
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or is_transformed()):
+        return plan.run(*tensors)
+    results: tuple[Tensor, ...] = Chunked.apply(plan, *tensors)
+    return results
+
+
+def is_in_func() -> bool:
+    """Whether a transform of torch.func is at work, which there is no public way to ask."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, or a level of forward mode, is at work."""
+    return is_in_func() or forward_ad._current_level >= 0
+
+
+def may_take_gradients() -> bool:
+    """Whether a plain backward alone will ask for gradients, as far as can be foreseen."""
+    # The transforms differentiate every gradient again, from the inputs. And whoever sets hooks on
+    # what is saved, as activation checkpoints and save_on_cpu do, wants nothing held beside that.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled() and not is_transformed() and hooks is None
+
+
+def scaled_(gradient: Tensor, scale: Tensor) -> Tensor:
+    """A gradient that nobody else has seen, times the gradient from above (a scalar)."""
+    if torch.is_grad_enabled() or is_transformed() or torch.compiler.is_compiling():
+        return gradient * scale
+    return gradient.mul_(scale)
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether a tensor is no subclass with operators of its own, which buffers would not have."""
+    if tensor is None or type(tensor) in (Tensor, torch.nn.Parameter):
+        return True
+    dispatch = type(tensor).__torch_dispatch__
+    return dispatch is Tensor.__torch_dispatch__ or type(tensor).__name__ == "FakeTensor"
+
+
+def unwrapped(tensor: Any) -> Any:
+    """A tensor without what the transforms of torch.func put around it, outside of a compiler."""
+    if torch.compiler.is_compiling() or not is_in_func():
+        return tensor
+    while isinstance(tensor, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def overridable(function: F) -> F:
+    """Let a tensor's class stand in for a function, as it can for those of torch.nn.functional."""
+
+    @functools.wraps(function)
+    def dispatched(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            return handle_torch_function(dispatched, given, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return dispatched  # type: ignore[return-value]
+
+
+def select(values: Any, mask: Mask) -> tuple[Any, ...]:
+    """Those of some values that a mask names."""
+    return tuple(compress(values, mask))
+
+
+def merge(values: Any, mask: Mask, replacements: Any) -> tuple[Any, ...]:
+    """Some values, of which those that a mask names are replaced, in their order."""
+    rest = iter(replacements)
+    return tuple(next(rest) if named else v for v, named in zip(values, mask, strict=True))

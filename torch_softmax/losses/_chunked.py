@@ -1,0 +1,248 @@
+"""A map over chunks of rows that is closed under differentiation.
+
+If a function takes the rows of some tensors, and others whole, to results of which some have a row
+for each row and the others are added up, then so does its vector-Jacobian product: the cotangent of
+a result with rows has rows, and the gradient of a tensor that all rows share is added up over them.
+So every derivative of a chunked function is a chunked function, in either mode and of any order,
+and takes memory for one chunk.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ._autograd import Mask, Tensors, chunked, is_plain, merge, scaled_, select
+from ._dtypes import accumulation_dtype
+from ._formulas import product
+
+
+def slices(rows: int, step: int) -> Iterator[slice]:
+    """Cut a number of rows into slices of at most `step`; no rows at all are one empty slice."""
+    for start in range(0, max(1, rows), step):
+        yield slice(start, min(start + step, rows))
+
+
+class Sweep(Protocol):
+    """A faster way through all chunks of a plan, and through those of its derivatives."""
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The results of the plan, but for rounding."""
+
+    def vjp(self, wanted: Mask, given: Mask) -> "Sweep | None":
+        """That of the plan's `vjp`; None where there is none."""
+
+    def jvp(self, moved: Mask) -> "Sweep | None":
+        """That of the plan's `jvp`; None where there is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A function of tensors, to be worked out a chunk of rows at a time.
+
+    Args:
+        fn: What a chunk's tensors come to, a tuple, in operations that can be differentiated.
+        rows_in: Which tensors have a row for each row; the others come to each chunk whole.
+        rows_out: Which results do; the others are added up over the chunks.
+        step: The rows of a chunk.
+        sweep: A faster way to the same results.
+        known: The results, where they are known already.
+    """
+
+    fn: Callable[..., tuple[Tensor, ...]]
+    rows_in: Mask
+    rows_out: Mask
+    step: int
+    sweep: Sweep | None = None
+    known: tuple[Tensor, ...] | None = None
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The results for all rows."""
+        if self.known is not None:
+            return tuple(result.detach() for result in self.known)
+        if self.sweep is not None and all(map(is_plain, tensors)):
+            return self.sweep.run(*tensors)
+        count = next(t.shape[0] for t in select(tensors, self.rows_in) if t is not None)
+        results: list[Tensor] = []
+        for rows in slices(count, self.step):
+            cut = zip(tensors, self.rows_in, strict=True)
+            parts = self.fn(*(t[rows] if r and t is not None else t for t, r in cut))
+            results = results or [
+                part.new_empty((count, *part.shape[1:]))
+                if of_rows
+                else torch.zeros_like(part, dtype=accumulation_dtype(part.dtype))
+                for part, of_rows in zip(parts, self.rows_out, strict=True)
+            ]
+            for result, part, of_rows in zip(results, parts, self.rows_out, strict=True):
+                if of_rows:
+                    result[rows] = part
+                else:
+                    result += part
+        return tuple(results)
+
+    def vjp(self, wanted: Mask, given: Mask) -> "Plan":
+        """The plan of the gradients of the wanted tensors.
+
+        It takes the tensors, and then a cotangent for each of the given results, of which None
+        stands for ones.
+        """
+
+        def fn(*tensors: Any) -> tuple[Tensor, ...]:
+            at, cotangents = _split(tensors, len(wanted))
+
+            def results(*moving: Tensor) -> tuple[Tensor, ...]:
+                return select(self.fn(*merge(at, wanted, moving)), given)
+
+            outputs, pull = _vjp(results, *select(at, wanted))
+            pairs = zip(outputs, cotangents, strict=True)
+            gradients: tuple[Tensor, ...] = pull(
+                tuple(torch.ones_like(o) if c is None else c.to(o.dtype) for o, c in pairs)
+            )
+            return gradients
+
+        return Plan(
+            fn,
+            (*self.rows_in, *select(self.rows_out, given)),
+            select(self.rows_in, wanted),
+            self.step,
+            None if self.sweep is None else self.sweep.vjp(wanted, given),
+        )
+
+    def jvp(self, moved: Mask) -> "Plan":
+        """The plan of the results' tangents: of the tensors, and then of those that move."""
+
+        def fn(*tensors: Any) -> tuple[Tensor, ...]:
+            at, tangents = _split(tensors, len(moved))
+
+            def results(*moving: Tensor) -> tuple[Tensor, ...]:
+                return tuple(self.fn(*merge(at, moved, moving)))
+
+            # The vector-Jacobian product is linear, and its own is the Jacobian-vector product.
+            # torch.func.jvp can't be called inside a level of forward mode.
+            outputs, pull = _vjp(results, *select(at, moved))
+            _, push = _vjp(pull, tuple(map(torch.zeros_like, outputs)))
+            pairs = zip(select(at, moved), tangents, strict=True)
+            (pushed,) = push(tuple(tangent.to(t.dtype) for t, tangent in pairs))
+            result: tuple[Tensor, ...] = pushed
+            return result
+
+        return Plan(
+            fn,
+            (*self.rows_in, *select(self.rows_in, moved)),
+            self.rows_out,
+            self.step,
+            None if self.sweep is None else self.sweep.jvp(moved),
+        )
+
+    def pull(self, tensors: Tensors, cotangents: Tensors, wanted: Mask) -> Tensors:
+        """The gradients of the wanted tensors, in backward."""
+        given = tuple(cotangent is not None for cotangent in cotangents)
+        nothing = (None,) * len(tensors)
+        if not any(given):
+            return nothing
+        gradients = chunked(self.vjp(wanted, given), *tensors, *select(cotangents, given))
+        return merge(nothing, wanted, gradients)
+
+    def push(self, tensors: Tensors, tangents: Tensors) -> Tensors:
+        """The tangents of the results, in forward mode."""
+        moved = tuple(tangent is not None for tangent in tangents)
+        return chunked(self.jvp(moved), *tensors, *select(tangents, moved))
+
+    def batch(self, size: int, dims: tuple[int | None, ...], tensors: Tensors) -> Tensors:
+        """The results for each element of a batch: as more rows if they can be, or in a loop."""
+        pairs = list(zip(tensors, dims, self.rows_in, strict=True))
+        if size == 0 or not all(self.rows_out) or any(d is not None and not r for _, d, r in pairs):
+            return in_a_loop(self, size, dims, tensors)
+
+        def fold(tensor: Tensor | None, dim: int | None, of_rows: bool) -> Tensor | None:
+            if tensor is None or not of_rows:
+                return tensor
+            each = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            return each.flatten(0, 1)
+
+        results = chunked(self, *(fold(*pair) for pair in pairs))
+        return tuple(result.unflatten(0, (size, -1)) for result in results)
+
+
+def in_a_loop(plan: Any, size: int, dims: tuple[int | None, ...], tensors: Tensors) -> Tensors:
+    """The results of a plan for each element of a batch, one after another."""
+
+    def element(i: int) -> tuple[Tensor, ...]:
+        pairs = zip(tensors, dims, strict=True)
+        return chunked(plan, *(t if d is None or t is None else t.select(d, i) for t, d in pairs))
+
+    if size == 0:
+        # The shapes are those for an element of zeros.
+        pairs = zip(tensors, dims, strict=True)
+        shaped = (t if d is None or t is None else t.sum(d) for t, d in pairs)
+        return tuple(result.new_empty((0, *result.shape)) for result in chunked(plan, *shaped))
+    return tuple(map(torch.stack, zip(*map(element, range(size)), strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class Total:
+    """The sum of a plan's results, each weighted by row, with the gradients that were taken along.
+
+    It takes the plan's tensors, and then a weight (N,) for each result, of which None stands for
+    1. Gradients that were worked out beside the results go to the first backward that asks for
+    them, which owns them from then on; any further one works them out anew.
+
+    Args:
+        plan: Whose results all have rows.
+        taken: A list of the gradients, None for a tensor that needs none; emptied when they are
+            asked for.
+    """
+
+    plan: Plan
+    taken: list[Tensors] = field(default_factory=list)
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The sum, a scalar."""
+        at, weights = _split(tensors, len(self.plan.rows_in))
+        return (weighted_sum(self.plan.run(*at), weights),)
+
+    def pull(self, tensors: Tensors, cotangents: Tensors, wanted: Mask) -> Tensors:
+        """The gradients: those of the plan for its weights, and its results for the weights'."""
+        (upstream,) = cotangents
+        if upstream is None:
+            return (None,) * len(tensors)
+        at, weights = _split(tensors, len(self.plan.rows_in))
+        of_plan, of_weights = _split(wanted, len(at))
+        derivative = self.plan.vjp(of_plan, (True,) * len(weights))
+        known = select(self.taken.pop(), of_plan) if self.taken else None
+        if known is not None and not any(gradient is None for gradient in known):
+            derivative = replace(derivative, known=known)
+        gradients = iter(chunked(derivative, *tensors) if any(of_plan) else ())
+        results = chunked(self.plan, *at) if any(of_weights) else weights
+        return (
+            *(scaled_(next(gradients), upstream) if w else None for w in of_plan),
+            *(r * upstream if w else None for r, w in zip(results, of_weights, strict=True)),
+        )
+
+    def push(self, tensors: Tensors, tangents: Tensors) -> Tensors:
+        """Nothing is taken along where forward mode is at work."""
+        raise NotImplementedError("forward mode needs the plan itself, got its sum")
+
+    def batch(self, size: int, dims: tuple[int | None, ...], tensors: Tensors) -> Tensors:
+        """Nothing is taken along where vmap is at work."""
+        raise NotImplementedError("vmap needs the plan itself, got its sum")
+
+
+def weighted_sum(results: tuple[Tensor, ...], weights: Tensors) -> Tensor:
+    """Σ_n Σ_i w_ni r_ni, over rows n and results i, where a weight of None is 1."""
+    pairs = zip(results, weights, strict=True)
+    terms = [result if weight is None else product(weight, result) for result, weight in pairs]
+    return functools.reduce(torch.add, terms).sum()
+
+
+_vjp: Any = torch.func.vjp  # typed by torch as if it gave an auxiliary result too
+
+
+def _split(values: Any, count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The first of some values, and the rest."""
+    rest = iter(values)
+    return tuple(islice(rest, count)), tuple(rest)

@@ -1,0 +1,72 @@
+"""From inputs and options to a loss: what the losses of logits and of a linear layer share."""
+
+from dataclasses import replace
+from math import nan
+
+import torch
+from torch import Tensor
+
+from ._autograd import chunked, is_plain, is_transformed, may_take_gradients
+from ._chunked import Total, weighted_sum
+from ._formulas import Numbers, Weights
+from ._operators import run_numbers, run_total
+from ._sweeps import How, Inputs, numbers_and_gradients, plan_of, row_numbers
+from ._targets import Rows
+
+
+def numbers_of(inputs: Inputs, how: How) -> Numbers:
+    """log_sum and gap of each row, to be differentiated to any order."""
+    if not torch.compiler.is_compiling():
+        return Numbers(*chunked(plan_of(how), *inputs))
+    # A compiler fuses the passes over given logits by itself. It takes what is differentiated in a
+    # Function or an operator for the end of differentiation, but not plain operations.
+    if inputs.W is None or is_transformed():
+        return row_numbers(inputs, how)
+    return run_numbers(inputs, how)
+
+
+def total_of(inputs: Inputs, weights: Weights, how: How) -> Tensor:
+    """T = Σ_n s_n log_sum_n + t_n gap_n, with its gradients taken along where one will be asked."""
+    wanted = Inputs(*(t is not None and t.requires_grad for t in inputs))
+    asked = any(wanted) and torch.is_grad_enabled() and all(map(is_plain, inputs))
+    if torch.compiler.is_compiling():
+        if asked and not is_transformed():
+            return run_total(inputs, weights, wanted, how)
+    elif asked and may_take_gradients():
+        with torch.no_grad():
+            numbers, gradients = numbers_and_gradients(inputs, weights, wanted, how)
+        total = Total(replace(plan_of(how), known=numbers), [gradients])
+        (result,) = chunked(total, *inputs, *weights)
+        return result
+    return weighted_sum(numbers_of(inputs, how), weights)
+
+
+def loss_of(inputs: Inputs, rows: Rows, reduction: str, how: How) -> Tensor:
+    """The loss L = m log_sum + gap of each row, (N,), or their sum or mean.
+
+    Three matrix products are the least for a layer with its gradients, and only for a sum is it
+    known beforehand what the gradients are weighted with. Given logits need none.
+    """
+    if reduction == "none" or inputs.W is None:
+        log_sum, gap = numbers_of(inputs, how)
+        loss = gap + (log_sum if rows.mass is None else rows.mass * log_sum)
+        if rows.keep is not None:
+            loss = loss.masked_fill(~rows.keep, 0)
+        if reduction == "none":
+            return loss
+        loss = loss.sum()
+    else:
+        loss = total_of(inputs, _weights(rows, how), how)
+    if reduction == "mean":
+        loss = loss / rows.divisor
+        if rows.empty is not None:
+            loss = loss.masked_fill(rows.empty, nan)
+    return loss
+
+
+def _weights(rows: Rows, how: How) -> Weights:
+    """With s = m and t = 1 for the rows that count, and both 0 for the others, T is Σ L."""
+    if rows.keep is None:
+        return Weights(rows.mass, None)
+    counts = rows.keep.to(how.dtype)
+    return Weights(counts if rows.mass is None else counts * rows.mass, counts)

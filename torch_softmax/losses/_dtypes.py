@@ -1,0 +1,41 @@
+"""In which dtypes a loss is worked out, and in which it is returned."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+Dtypes = tuple[torch.dtype, ...]
+
+
+def widest(*dtypes: torch.dtype | None) -> torch.dtype:
+    """What some dtypes promote to, None left out."""
+    return functools.reduce(torch.promote_types, (dtype for dtype in dtypes if dtype is not None))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for exponentials and sums: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of a layer's products: what its tensors promote to, or autocast's."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    dtype = widest(*(tensor.dtype for tensor in given))
+    device = given[0].device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def loss_dtype(logits: torch.dtype, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The dtype that torch returns a loss in, for the dtype of the logits and a target.
+
+    That is float32 under autocast. Probabilities and their class weights are multiplied with the
+    logarithms of S, and promote as such.
+    """
+    if torch.is_autocast_enabled(target.device.type):
+        logits = accumulation_dtype(logits)
+    if not target.is_floating_point():
+        return logits
+    return widest(logits, target.dtype, None if weight is None else weight.dtype)

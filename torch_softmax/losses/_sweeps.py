@@ -1,0 +1,413 @@
+"""Cross-entropy a chunk of rows at a time: its plan, and the same by hand with reused buffers.
+
+The plan is the definition of all derivatives. Those that are hot (the numbers of each row, the
+gradient of T, and the Hessian of T along a direction) have a sweep each, in closed form.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from . import _formulas as formulas
+from ._autograd import Mask, merge, select
+from ._chunked import Plan, slices
+from ._dtypes import accumulation_dtype
+from ._formulas import Across, Change, Numbers, Target, Weights
+
+# Logits that fit a core's cache beside a few passes over them, measured on a CPU.
+_CACHED_LOGITS = 2**19
+# On other devices few large kernels are better, in memory that stays below 2²⁶ logits.
+_LAUNCHED_LOGITS = 2**26
+# Classes whose weights are widened at a time, where a device has no wide products.
+_WIDENED_CLASSES = 2**12
+# Whether this torch has products of half precision with float32 results, for devices that do.
+_HAS_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
+
+
+class Inputs(NamedTuple):
+    """What the numbers of a row are made from; and as well one thing for each of these."""
+
+    x: Any  # (N, D); or without a W, the logits (N, K) themselves
+    W: Any = None  # (K, D)
+    b: Any = None  # (K,)
+    p: Any = None  # (N,) class indices, or (N, K) probabilities
+    hot: Any = None  # (N,), and the next two (K,), as in Target
+    scale: Any = None
+    floor: Any = None
+    keep: Any = None  # (N,) bool, False where a row is left out; None where none is
+
+    @property
+    def y(self) -> Target:
+        """The target distribution."""
+        return Target(self.p, self.hot, self.scale, self.floor)
+
+    def rows(self, rows: slice) -> "Inputs":
+        """The inputs of some rows, with zeros for the x of those left out, whatever they hold."""
+        cut = zip(self, OF_ROWS, strict=True)
+        here = Inputs(*(v[rows] if r and v is not None else v for v, r in cut))
+        return here if here.keep is None else here._replace(x=kept(here))
+
+
+# Which of the inputs have a row for each row, and which can be differentiated.
+OF_ROWS = Inputs(True, False, False, True, True, False, False, True)
+NO_INPUTS: Mask = (False,) * len(OF_ROWS)
+BOTH, NEITHER = (True, True), (False, False)
+
+
+def kept(inputs: Inputs) -> Tensor:
+    """The x of rows, with zeros for those left out."""
+    x: Tensor = inputs.x
+    return x if inputs.keep is None else x.masked_fill(~inputs.keep.unsqueeze(1), 0)
+
+
+@dataclass(frozen=True)
+class How:
+    """How the logits are worked out.
+
+    Args:
+        step: The rows of a chunk.
+        dtype: That of S and of the numbers of a row.
+        logits_dtype: That of the logits, as they come out of the layer's products.
+        across: How several places combine their numbers; None where the classes are all here.
+    """
+
+    step: int
+    dtype: torch.dtype
+    logits_dtype: torch.dtype
+    across: Across | None = None
+
+
+def row_numbers(inputs: Inputs, how: How) -> Numbers:
+    """The numbers of each row: the definition, for all rows at once."""
+    z = kept(inputs)
+    if inputs.W is not None:
+        b = None if inputs.b is None else inputs.b.to(how.logits_dtype)
+        z = linear(z.to(how.logits_dtype), inputs.W.to(how.logits_dtype), b)
+    return formulas.row_numbers(z.to(how.dtype), inputs.y)
+
+
+def plan_of(how: How) -> Plan:
+    """The plan of the numbers of each row, a function of `Inputs`."""
+
+    def fn(*inputs: Any) -> Numbers:
+        if how.across is not None:
+            raise NotImplementedError(
+                "a third derivative, which torch.autograd.functional.hvp takes and vhp does not, "
+                "needs all classes in one process, got a linear_weight that is sharded"
+            )
+        return row_numbers(Inputs(*inputs), how)
+
+    return Plan(fn, tuple(OF_ROWS), BOTH, how.step, NumbersSweep(how))
+
+
+def logits_step(z: Tensor) -> int:
+    """The rows of given logits (N, K) to work out at a time."""
+    on_cpu = z.device.type == "cpu"
+    return max(1, (_CACHED_LOGITS if on_cpu else _LAUNCHED_LOGITS) // max(1, z.shape[1]))
+
+
+# The loops.
+
+
+class _Logits:
+    """The logits of a chunk, in a buffer that all chunks share, and those on their way through.
+
+    Fresh memory costs a CPU more than the arithmetic done in it.
+    """
+
+    def __init__(self, inputs: Inputs, how: How) -> None:
+        self.how = how
+        x, W = inputs.x, inputs.W
+        shape = (0, 0) if W is None else (min(how.step, x.shape[0]), W.shape[0])
+        self.buffer: Tensor = x.new_empty(shape, dtype=how.logits_dtype)
+
+    def of(self, x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+        """The logits x Wᵀ + b (n, K), in the buffer where they are large; or x without a W."""
+        if W is None:
+            return x
+        if W.shape[0] <= 32 and x.dtype == self.how.logits_dtype:
+            # with few classes, W xᵀ is the faster product
+            return (W @ x.t() if b is None else torch.addmm(b.unsqueeze(1), W, x.t())).t()
+        return _multiply(x, W.t(), b, self.buffer[: x.shape[0]])
+
+    def blocks(self, z: Tensor) -> Iterator[slice]:
+        """The rows of a chunk to go over at a time, so that a CPU finds them in its cache."""
+        # Several places wait for one another at every block: one is enough.
+        if z.device.type != "cpu" or self.how.across is not None:
+            return slices(len(z), len(z) or 1)
+        return slices(len(z), max(1, _CACHED_LOGITS // max(1, z.shape[1])))
+
+
+def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Write the product a b + bias into `out`, in its dtype."""
+    if out.dtype == a.dtype:
+        if bias is None:
+            return torch.mm(a, b, out=out)
+        return torch.addmm(bias, a, b, out=out)
+    if a.is_cuda and _HAS_WIDE_PRODUCTS and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        wide = a.to(out.dtype)
+        for columns in slices(b.shape[1], _WIDENED_CLASSES):
+            torch.mm(wide, b[:, columns].to(out.dtype), out=out[:, columns])
+    return out if bias is None else out.add_(bias)
+
+
+def _add_product_(total: Tensor, rows_by_class: Tensor, x: Tensor) -> None:
+    """Add rows_by_classᵀ x to a total, in the dtype of the total."""
+    a = rows_by_class.t()
+    if total.dtype != x.dtype and x.is_cuda and _HAS_WIDE_PRODUCTS:
+        total += torch.mm(a, x, out_dtype=total.dtype)
+    else:
+        torch.addmm(total, a.to(total.dtype), x.to(total.dtype), out=total)
+
+
+def _sums(inputs: Inputs, wanted: Inputs, dtype: torch.dtype) -> Inputs:
+    """Where the wanted derivatives go: rows to be written, and sums that start at 0."""
+    x, W = inputs.x, inputs.W
+    sums = accumulation_dtype(x.dtype)
+    return Inputs(
+        x=torch.empty_like(x, memory_format=torch.contiguous_format) if wanted.x else None,
+        W=x.new_zeros(W.shape, dtype=sums) if wanted.W else None,
+        b=x.new_zeros(len(W), dtype=sums) if wanted.b else None,
+        p=x.new_empty(inputs.p.shape, dtype=dtype) if wanted.p else None,
+    )
+
+
+def _part(weights: Weights, rows: slice) -> Weights:
+    """The weights of some rows."""
+    return Weights(*(None if weight is None else weight[rows] for weight in weights))
+
+
+def _later(rows: slice, block: slice) -> slice:
+    """A block of a chunk's rows, counted among all rows."""
+    return slice(rows.start + block.start, rows.start + block.stop)
+
+
+def _leave_out_(gradient: Tensor | None, here: Inputs, rows: slice) -> None:
+    """Put 0 where a gradient is that of a row left out, whatever the weights are."""
+    if gradient is not None and here.keep is not None:
+        gradient[rows].masked_fill_(~here.keep.unsqueeze(1), 0)
+
+
+def numbers_and_gradients(
+    inputs: Inputs, weights: Weights, wanted: Inputs, how: How
+) -> tuple[Numbers, Inputs]:
+    """The numbers of each row, (N,), and the gradient of T where it is wanted.
+
+    With g = ∂T/∂z = s S − t y and z = x Wᵀ + b:  ∂T/∂x = Wᵀ g,  ∂T/∂W = g xᵀ,  ∂T/∂b = g
+    """
+    count, W = inputs.x.shape[0], inputs.W
+    numbers = Numbers(*(inputs.x.new_empty(count, dtype=how.dtype) for _ in Numbers._fields))
+    out = _sums(inputs, wanted, how.dtype)
+    logits = _Logits(inputs, how)
+    for rows in slices(count, how.step):
+        here = inputs.rows(rows)
+        z = logits.of(here.x, W, here.b)
+        g = z if W is not None or out.x is None else out.x[rows]
+        for block in logits.blocks(z):
+            part = _later(rows, block)
+            wide, y, of_part = z[block].to(how.dtype), here.y.rows(block), _part(weights, part)
+            row = formulas.softmax_and_numbers(wide, y, how.across)
+            numbers.log_sum[part], numbers.gap[part] = row.numbers
+            if out.p is not None:
+                out.p[part] = formulas.target_gradient(wide, row.top, y, of_part.t)
+            if wanted.x or wanted.W or wanted.b:
+                gradient = formulas.gradient_(row.softmax, y, of_part)
+                if out.b is not None:
+                    out.b.add_(gradient.sum(0))
+                g[block] = gradient
+        if W is not None and (wanted.x or wanted.W):
+            g = g.to(here.x.dtype)
+            if out.x is not None:
+                torch.mm(g, W, out=out.x[rows])
+            if out.W is not None:
+                _add_product_(out.W, g, here.x)
+        _leave_out_(out.x, here, rows)
+    return numbers, _over_all_places(out, how)
+
+
+def hessian_along(
+    inputs: Inputs,
+    weights: Weights,
+    direction: Inputs,
+    of_weights: Weights,
+    wanted: Inputs,
+    how: How,
+) -> tuple[Inputs, Numbers]:
+    """Second order: how the gradient of T changes along a direction, where that is wanted.
+
+    The logits move by u = Wᵀ ux + x uWᵀ + ub. With g = s S − t y, and h its change,
+    ∂T/∂x changes by Wᵀ h + uWᵀ g,  ∂T/∂W by h xᵀ + g uxᵀ,  ∂T/∂b by h,  and ∂T/∂s and ∂T/∂t by
+    the slopes of log_sum and gap.
+
+    The direction is a change of the inputs, and one of the weights; None for what does not move.
+    """
+    count, W = inputs.x.shape[0], inputs.W
+    slopes = Numbers(*(inputs.x.new_empty(count, dtype=how.dtype) for _ in Numbers._fields))
+    out = _sums(inputs, wanted, how.dtype)
+    # A direction is a gradient's cotangent, which float32 sums of half precision have in float32.
+    ux, uW, ub = (None if u is None else u.to(inputs.x.dtype) for u in direction[:3])
+    needs_g = (wanted.x and uW is not None) or (wanted.W and ux is not None and W is not None)
+    logits, changes = _Logits(inputs, how), _Logits(inputs, how)
+    for rows in slices(count, how.step):
+        here = inputs.rows(rows)
+        moved = None if ux is None else kept(here._replace(x=ux[rows]))
+        z = logits.of(here.x, W, here.b)
+        u = _change(changes, here, Inputs(moved, uW, ub))
+        h = u if W is not None or out.x is None else out.x[rows]
+        for block in logits.blocks(z):
+            part = _later(rows, block)
+            wide, y, of_part = z[block].to(how.dtype), here.y.rows(block), _part(weights, part)
+            row = formulas.softmax_and_numbers(wide, y, how.across)
+            dp = None if direction.p is None else direction.p[part]
+            change = Change(u[block].to(how.dtype), dp, *_part(of_weights, part))
+            second = formulas.curvature(wide, row, y, of_part, change, how.across)
+            slopes.log_sum[part], slopes.gap[part] = second.by_weights
+            if out.p is not None:
+                out.p[part] = second.by_p
+            if out.b is not None:
+                out.b.add_(second.by_z.sum(0))
+            if wanted.x or wanted.W:
+                h[block] = second.by_z
+            if needs_g:
+                z[block] = formulas.gradient_(row.softmax, y, of_part)
+        if W is not None and (wanted.x or wanted.W):
+            g, h = z.to(here.x.dtype), h.to(here.x.dtype)
+            if out.x is not None:
+                torch.mm(h, W, out=out.x[rows])
+                if uW is not None:
+                    torch.addmm(out.x[rows], g, uW, out=out.x[rows])
+            if out.W is not None:
+                _add_product_(out.W, h, here.x)
+                if moved is not None:
+                    _add_product_(out.W, g, moved)
+        _leave_out_(out.x, here, rows)
+    return _over_all_places(out, how), slopes
+
+
+def _change(changes: _Logits, here: Inputs, direction: Inputs) -> Tensor:
+    """The change u = Wᵀ ux + x uWᵀ + ub of a chunk's logits."""
+    ux, uW, ub = direction.x, direction.W, direction.b
+    if here.W is None:
+        return torch.zeros_like(here.x) if ux is None else ux
+    if uW is not None:
+        u = changes.of(here.x, uW, ub)
+        if ux is not None:
+            u = torch.addmm(u, ux.to(u.dtype), here.W.t().to(u.dtype), out=u)
+        return u
+    if ux is not None:
+        return changes.of(ux, here.W, ub)
+    u = changes.buffer[: here.x.shape[0]].zero_()
+    return u if ub is None else u.add_(ub)
+
+
+def _over_all_places(gradients: Inputs, how: How) -> Inputs:
+    """The gradient of x added up over all places of the classes, with the other gradients."""
+    if how.across is None or gradients.x is None:
+        return gradients
+    (x,) = how.across.total(gradients.x.to(accumulation_dtype(gradients.x.dtype)))
+    return gradients._replace(x=x.to(gradients.x.dtype))
+
+
+# The same as sweeps of the plan.
+
+
+@dataclass(frozen=True)
+class CrossEntropySweep:
+    """What a sweep is about. A mask is one of the inputs, followed by one of the weights s and t.
+
+    Args:
+        how: How the logits are worked out.
+        given: Which of the weights are given, after the inputs; the others are 0.
+        moved: Along which of inputs and weights a direction is given, after these.
+        asked: The derivatives by which of inputs and weights are the results.
+    """
+
+    how: How
+    given: Mask = NEITHER
+    moved: Mask = (*NO_INPUTS, *NEITHER)
+    asked: Mask = (*NO_INPUTS, *NEITHER)
+
+    @property
+    def of_inputs(self) -> Mask:
+        """The derivatives by which of the inputs are asked for."""
+        return self.asked[: len(NO_INPUTS)]
+
+    def point(self, tensors: tuple[Any, ...]) -> tuple[Inputs, Weights, Inputs, Weights]:
+        """The inputs, their weights, and the direction of each."""
+        values = iter(tensors)
+        inputs = Inputs(*(next(values) for _ in Inputs._fields))
+
+        def zeros() -> Tensor:
+            like: Tensor = inputs.x
+            return like.new_zeros(like.shape[0], dtype=self.how.dtype)
+
+        weights = Weights(*(next(values) if given else zeros() for given in self.given))
+        direction = [next(values) if moved else None for moved in self.moved]
+        return inputs, weights, Inputs(*direction[:-2]), Weights(*direction[-2:])
+
+
+@dataclass(frozen=True)
+class NumbersSweep(CrossEntropySweep):
+    """log_sum and gap."""
+
+    asked: Mask = (*NO_INPUTS, *BOTH)
+
+    def run(self, *tensors: Any) -> tuple[Tensor, ...]:
+        """Both, (N,)."""
+        nothing = Inputs(*NO_INPUTS)
+        return numbers_and_gradients(Inputs(*tensors), Weights(), nothing, self.how)[0]
+
+    def vjp(self, wanted: Mask, given: Mask) -> "GradientSweep":
+        """The gradient of T, for the weights that are the cotangents."""
+        return GradientSweep(self.how, given, asked=(*wanted, *NEITHER))
+
+    def jvp(self, moved: Mask) -> "HessianSweep":
+        """The slopes of both, which are second derivatives of T: it is linear in its weights."""
+        return HessianSweep(self.how, NEITHER, (*moved, *NEITHER), (*NO_INPUTS, *BOTH))
+
+
+class GradientSweep(CrossEntropySweep):
+    """The gradient of T by some of the inputs."""
+
+    def run(self, *tensors: Any) -> tuple[Tensor, ...]:
+        """The gradients, of the shapes of what they are by."""
+        inputs, weights, _, _ = self.point(tensors)
+        wanted = self.of_inputs
+        _, gradients = numbers_and_gradients(inputs, weights, Inputs(*wanted), self.how)
+        return select(gradients, wanted)
+
+    def vjp(self, wanted: Mask, given: Mask) -> "HessianSweep":
+        """The Hessian of T along the cotangents of the gradients."""
+        moved = merge(self.asked, self.asked, given)
+        return HessianSweep(self.how, self.given, moved, self._of_all(wanted))
+
+    def jvp(self, moved: Mask) -> "HessianSweep":
+        """The same along tangents: the Hessian is symmetric."""
+        return HessianSweep(self.how, self.given, self._of_all(moved), self.asked)
+
+    def _of_all(self, mask: Mask) -> Mask:
+        """A mask of the inputs and the weights that are given, as one of inputs and weights."""
+        return merge((*NO_INPUTS, *NEITHER), (*(True for _ in NO_INPUTS), *self.given), mask)
+
+
+class HessianSweep(CrossEntropySweep):
+    """The change of T's gradient along a direction. Its own derivatives are those of the plan."""
+
+    def run(self, *tensors: Any) -> tuple[Tensor, ...]:
+        """The changes, of the shapes of what they are by."""
+        inputs, weights, direction, of_weights = self.point(tensors)
+        wanted = Inputs(*self.of_inputs)
+        changes, slopes = hessian_along(inputs, weights, direction, of_weights, wanted, self.how)
+        return select((*changes, *slopes), self.asked)
+
+    def vjp(self, wanted: Mask, given: Mask) -> None:
+        """None."""
+
+    def jvp(self, moved: Mask) -> None:
+        """None."""

@@ -1,0 +1,143 @@
+"""What the options of a loss mean: each is folded into a target distribution or a row's weight."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as checks
+from ._formulas import Target
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class Options(NamedTuple):
+    """The options of a loss, by the names that they have in `torch.nn.functional`."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    dtype: torch.dtype | None  # of logits, losses and sums; None for those of torch
+
+
+def options_of(
+    weight: Tensor | None,
+    ignore_index: object,
+    reduction: str,
+    label_smoothing: object,
+    dtype: torch.dtype | None = None,
+) -> Options:
+    """The options of a loss, checked as far as no other argument is needed for that.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: It is out of range, or unknown.
+    """
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    if weight is not None:
+        checks.floating("weight", weight)
+        if weight.requires_grad:
+            raise ValueError("weight must not require a gradient, for the loss gives it none")
+    if dtype is not None:
+        checks.floating_dtype("dtype", dtype)
+    smoothing = checks.number("label_smoothing", label_smoothing)
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
+    return Options(
+        weight, checks.integer("ignore_index", ignore_index), reduction, smoothing, dtype
+    )
+
+
+def check_classes(classes: int, weight: Tensor | None) -> None:
+    """Raise unless there is a class, and a weight for each where there are any."""
+    if classes == 0:
+        raise ValueError("input must have at least one class, got none")
+    if weight is not None:
+        checks.shape("weight", weight, (classes,), "for one weight a class")
+
+
+class Rows(NamedTuple):
+    """The rows of a loss, with every option folded in."""
+
+    y: Target
+    mass: Tensor | None  # (N,), Σ_k y_k; None for 1
+    keep: Tensor | None  # (N,) bool, False where the target is ignored; None where none can be
+    divisor: Tensor  # (), what a mean divides by: the weight of all targets, or 1 where that is 0
+    empty: Tensor | None  # () bool, whether it is 0, and their mean nan; None where it can't be
+
+
+def fold(
+    target: Tensor, options: Options, classes: int, dtype: torch.dtype, *, may_ignore: bool
+) -> Rows:
+    """Fold the options of a loss, checked before, into its rows.
+
+    Args:
+        target: Class indices (...), or probabilities (..., K), of N rows.
+        options: Those of the loss.
+        classes: K.
+        dtype: That of the work.
+        may_ignore: Whether a class index may be `options.ignore_index`.
+    """
+    weight = None if options.weight is None else options.weight.to(dtype)
+    if target.is_floating_point():
+        p = target.reshape(-1, target.shape[-1])
+        return _of_probabilities(p, weight, options.label_smoothing, classes, dtype)
+    label = target.reshape(-1).long()
+    keep = label != options.ignore_index if may_ignore else None
+    if keep is not None:
+        label = label.masked_fill(~keep, 0)
+    return _of_labels(label, keep, weight, options.label_smoothing, classes, dtype)
+
+
+def _of_probabilities(
+    p: Tensor, weight: Tensor | None, smoothing: float, classes: int, dtype: torch.dtype
+) -> Rows:
+    """Rows of y = (1 − ε) w ∘ p + ε w / K. A mean divides by their number."""
+    count, columns = p.shape  # which are not all classes, where these are spread
+    scale, floor = weight, None
+    if smoothing:
+        ones = torch.ones(columns, dtype=dtype, device=p.device)
+        floor = (ones if weight is None else weight) * (smoothing / classes)
+        scale = (ones if weight is None else weight) * (1 - smoothing)
+    mass = p.sum(1, dtype=dtype) if scale is None else p.to(dtype) @ scale
+    if floor is not None:
+        mass = mass + floor.sum()
+    divisor = torch.full((), count, dtype=dtype, device=p.device)
+    return _rows(Target(p, None, scale, floor), mass, None, divisor, may_be_empty=count == 0)
+
+
+def _of_labels(
+    label: Tensor,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    smoothing: float,
+    classes: int,
+    dtype: torch.dtype,
+) -> Rows:
+    """Rows of y = (1 − ε) w at the label + ε w / K. A mean divides by the w of all labels."""
+    hot = mass = None if weight is None else weight[label]
+    if keep is None:
+        divisor = torch.full((), label.shape[0], dtype=dtype, device=label.device)
+    else:
+        divisor = keep.sum(dtype=dtype)
+    if hot is not None:
+        divisor = (hot if keep is None else hot * keep).sum()
+    floor = None
+    if smoothing:
+        ones = torch.ones(classes, dtype=dtype, device=label.device)
+        floor = (ones if weight is None else weight) * (smoothing / classes)
+        hot = (torch.ones_like(label, dtype=dtype) if hot is None else hot) * (1 - smoothing)
+        mass = None if weight is None else hot + floor.sum()
+    may_be_empty = weight is not None or keep is not None or label.shape[0] == 0
+    return _rows(Target(label, hot, None, floor), mass, keep, divisor, may_be_empty=may_be_empty)
+
+
+def _rows(
+    y: Target, mass: Tensor | None, keep: Tensor | None, divisor: Tensor, *, may_be_empty: bool
+) -> Rows:
+    empty = None
+    if may_be_empty:
+        empty = divisor == 0
+        divisor = divisor.masked_fill(empty, 1)
+    return Rows(y, mass, keep, divisor, empty)

@@ -1,0 +1,90 @@
+"""Cross-entropy of a linear layer, whose logits are never held for more than a few rows."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .. import _checks as checks
+from ._cross_entropy import loss_of
+from ._dtypes import accumulation_dtype, loss_dtype, product_dtype, widest
+from ._formulas import Across
+from ._sweeps import How, Inputs
+from ._targets import Options, Rows, check_classes, fold
+from .logits import cross_entropy
+
+
+class Layer(NamedTuple):
+    """A linear layer, z = x Wᵀ + b, and what it is applied to, by their names in torch."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> "Layer":
+        """The same in a dtype."""
+        return Layer(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
+
+
+def default_chunk_size(classes: int) -> int:
+    """The rows of a chunk: as many as give 2²⁴ logits, but at least 512."""
+    # Each chunk adds a product to ∂L/∂W, and goes over its K·D numbers for that: with fewer rows
+    # than these the additions, and not the products, would set the pace.
+    return max(512, 2**24 // classes)
+
+
+def linear_cross_entropy(
+    layer: Layer, target: Tensor, options: Options, chunk_size: int | None
+) -> Tensor:
+    """The loss of a layer's logits, to be differentiated to any order."""
+    check(layer, target, options)
+    classes, *extra = layer.linear_weight.shape[:-1]
+    if extra:
+        return cross_entropy(_all_logits(layer), target, options)
+    may_ignore = checks.labels(target, classes, options.ignore_index)
+    returned, how = dtypes_and_chunks(layer, target, options, chunk_size)
+    rows = fold(target, options, classes, how.dtype, may_ignore=may_ignore)
+    return loss_of_layer(layer, rows, options.reduction, how).to(returned)
+
+
+def check(layer: Layer, target: Tensor, options: Options) -> None:
+    """Raise unless the arguments fit together."""
+    checks.linear_layer(*layer)
+    *shape, _ = layer.input.shape
+    classes, *extra = layer.linear_weight.shape[:-1]
+    check_classes(classes, options.weight)
+    checks.target(target, (*shape, *extra), (*shape, classes, *extra))
+
+
+def dtypes_and_chunks(
+    layer: Layer,
+    target: Tensor,
+    options: Options,
+    chunk_size: int | None,
+    across: Across | None = None,
+) -> tuple[torch.dtype, How]:
+    """The dtype of the loss, and how its logits are worked out."""
+    products = product_dtype(*layer)
+    returned = options.dtype or loss_dtype(products, target, options.weight)
+    logits = products if options.dtype is None else widest(products, options.dtype)
+    dtype = accumulation_dtype(widest(logits, returned))
+    step = chunk_size or default_chunk_size(layer.linear_weight.shape[0])
+    return returned, How(step, dtype, logits, across)
+
+
+def loss_of_layer(layer: Layer, rows: Rows, reduction: str, how: How) -> Tensor:
+    """The loss of a layer (C, D) over rows, of any leading dimensions for 'none'."""
+    *shape, features = layer.input.shape
+    x, W, b = layer.to(product_dtype(*layer))
+    inputs = Inputs(x.reshape(-1, features), W, b, *rows.y, rows.keep)
+    loss = loss_of(inputs, rows, reduction, how)
+    return loss.reshape(shape) if reduction == "none" else loss
+
+
+def _all_logits(layer: Layer) -> Tensor:
+    """The logits (N, C, d1, ...) of a layer (C, d1, ..., D)."""
+    x, W, b = layer.to(product_dtype(*layer))
+    flat_bias = None if b is None else b.flatten()
+    logits: Tensor = linear(x, W.flatten(0, -2), flat_bias).unflatten(1, W.shape[:-1])
+    return logits
