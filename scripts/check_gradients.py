@@ -307,7 +307,12 @@ AUDITED = (  # claims of torch_softmax.verify
     "forward mode",
     "double backward",
     "forward over reverse",
+    "under no_grad",
+    "forward over backward",
     "vmap of grad",
+    "compiled twice backward",
+    "compiled hvp (eager)",
+    "compiled hvp (aot_eager)",
 )
 CHECKERS: dict[str, Callable[..., bool]] = {"gradcheck": gradcheck, "gradgradcheck": gradgradcheck}
 
@@ -365,6 +370,7 @@ def table(problem: Problem) -> Iterator[tuple[str, Cells]]:
             functools.partial(problem.loss, loss),
             problem.leaves(),
             functools.partial(problem.loss, oracle),
+            compiled=True,
         )
         for column, loss in losses.items()
     }

@@ -1,9 +1,11 @@
 """An audit of the derivatives of a differentiable function, claim by claim, as a table."""
 
+import functools
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ class Row:
     def __str__(self) -> str:
         error = "" if self.error is None else f"{self.error:.1e}"
         detail = textwrap.shorten(self.detail, 70)
-        return f"{self.name:<22}{self.outcome:<16}{error:<9}{detail}".rstrip()
+        return f"{self.name:<26}{self.outcome:<16}{error:<9}{detail}".rstrip()
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +61,8 @@ def audit(
     fn: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     reference: Callable[..., Tensor] | None = None,
+    *,
+    compiled: bool = False,
 ) -> Report:
     """Check the derivatives of a function, each way that PyTorch has to take them.
 
@@ -72,7 +76,15 @@ def audit(
         double backward: the Hessian-vector product by backward through backward is right;
         forward mode: the derivative along a direction by a dual number is right;
         forward over reverse: the Hessian-vector product by torch.func.jvp of grad is right;
-        vmap of grad: torch.func gives the gradients of a batch that it gives one by one.
+        under no_grad: so it is where gradients are switched off around it;
+        forward over backward: so is the tangent of a plain backward in a level of forward mode;
+        vmap of grad: torch.func gives the gradients of a batch that it gives one by one;
+
+    and of torch.compile, which takes a second for each, where these are asked for:
+
+        compiled twice backward: the graph of compiled code gives the same gradient again;
+        compiled hvp (eager): the Hessian-vector product by torch.func.grad of grad is right,
+        compiled hvp (aot_eager): with either of two backends.
 
     Args:
         fn: Takes the inputs and returns one tensor. It is called many times, so it must give the
@@ -82,6 +94,7 @@ def audit(
         reference: The same function in plain differentiable PyTorch operations. It is the truth,
             and called with float64 inputs. Without it, the truth are finite differences, of fn for
             the gradient, and of fn's own backward for second order.
+        compiled: Whether to check compiled code as well.
 
     Returns:
         A report with a row a claim. A relative error is over the largest number of what is
@@ -98,13 +111,15 @@ def audit(
         >>> report.ok
         True
         >>> report  # doctest: +ELLIPSIS
-        inputs unchanged      ok              0.0e+00
-        backward              ok              ...
-        second backward       ok              0.0e+00
-        double backward       ok              ...
-        forward mode          ok              ...
-        forward over reverse  ok              ...
-        vmap of grad          ok              ...
+        inputs unchanged          ok              0.0e+00
+        backward                  ok              ...
+        second backward           ok              0.0e+00
+        double backward           ok              ...
+        forward mode              ok              ...
+        forward over reverse      ok              ...
+        under no_grad             ok              ...
+        forward over backward     ok              ...
+        vmap of grad              ok              ...
     """
     _check_inputs(inputs, needs_float64=reference is None)
     subject = _Subject(fn, inputs)
@@ -116,15 +131,26 @@ def audit(
         direction = tuple(_eighths(g).abs() * g.sign() for g in gradient)
         return subject.forward_mode(direction), (_dot(gradient, direction),)
 
+    def products(taken: Callable[[], Tensors]) -> Callable[[], Pair]:
+        return lambda: (taken(), truth.curvature())
+
     claims: dict[str, Callable[[], Pair]] = {
         "inputs unchanged": subject.inputs_after_and_before,
         "backward": lambda: (subject.gradient(subject.point()), truth.gradient()),
         "second backward": subject.second_and_first_backward,
-        "double backward": lambda: (subject.double_backward(), truth.curvature()),
+        "double backward": products(subject.double_backward),
         "forward mode": slopes,
-        "forward over reverse": lambda: (subject.forward_over_reverse(), truth.curvature()),
+        "forward over reverse": products(subject.forward_over_reverse),
+        "under no_grad": products(subject.under_no_grad),
+        "forward over backward": products(subject.forward_over_backward),
         "vmap of grad": subject.batched_and_single_gradients,
     }
+    if compiled:
+        claims["compiled twice backward"] = subject.compiled().second_and_first_backward
+        for backend in ("eager", "aot_eager"):
+            claims[f"compiled hvp ({backend})"] = products(
+                functools.partial(subject.compiled_product, backend)
+            )
     value = subject.value()
     if isinstance(truth, _Reference):
         expected = truth.value()
@@ -168,6 +194,7 @@ class _Subject:
 
     def __init__(self, fn: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
         self.fn = fn
+        self.original = inputs
         self.inputs = [x.detach().clone() for x in inputs]
         self.moving = [i for i, x in enumerate(inputs) if x.requires_grad]
         self.direction = tuple(map(_eighths, self.point()))
@@ -225,6 +252,36 @@ class _Subject:
         gradient = torch.func.grad(self.total, tuple(range(len(self.moving))))
         along: Tensors = torch.func.jvp(gradient, self.point(), self.direction)[1]
         return tuple(t.detach() for t in along)
+
+    def under_no_grad(self) -> Tensors:
+        with torch.no_grad():
+            return self.forward_over_reverse()
+
+    def forward_over_backward(self) -> Tensors:
+        with forward_ad.dual_level():
+            pairs = zip(self.point(), self.direction, strict=True)
+            duals = tuple(forward_ad.make_dual(x, u.to(x.dtype)) for x, u in pairs)
+            gradient = map(forward_ad.unpack_dual, _grad(self.total(*duals), duals))
+            return tuple(
+                torch.zeros_like(g.primal) if g.tangent is None else g.tangent.detach()
+                for g in gradient
+            )
+
+    def compiled(self) -> "_Subject":
+        """The same function, compiled, with the backend that changes nothing."""
+        torch.compiler.reset()
+        return _Subject(torch.compile(self.fn, backend="eager"), self.original)
+
+    def compiled_product(self, backend: str) -> Tensors:
+        """The Hessian-vector product by torch.func, compiled as one graph."""
+        torch.compiler.reset()
+        everything = tuple(range(len(self.moving)))
+        gradient: Any = torch.func.grad(self.total, everything)
+        slope: Any = torch.func.grad(lambda *at: _dot(gradient(*at), self.direction), everything)
+        point = (x.detach() for x in self.point())
+        compiled: Any = torch.compile(slope, backend=backend, fullgraph=True)
+        products: Tensors = compiled(*point)
+        return products
 
     def batched_and_single_gradients(self) -> Pair:
         points = [self.point(factor) for factor in (1.0, 0.5)]

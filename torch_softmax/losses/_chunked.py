@@ -178,8 +178,11 @@ def in_a_loop(plan: Any, size: int, dims: tuple[int | None, ...], tensors: Tenso
     if size == 0:
         # The shapes are those for an element of zeros.
         pairs = zip(tensors, dims, strict=True)
-        shaped = (t if d is None or t is None else t.sum(d) for t, d in pairs)
-        return tuple(result.new_empty((0, *result.shape)) for result in chunked(plan, *shaped))
+        zeros = (
+            t if d is None or t is None else t.new_zeros(t.movedim(d, 0).shape[1:])
+            for t, d in pairs
+        )
+        return tuple(result.new_empty((0, *result.shape)) for result in chunked(plan, *zeros))
     return tuple(map(torch.stack, zip(*map(element, range(size)), strict=True)))
 
 

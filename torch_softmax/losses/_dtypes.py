@@ -23,9 +23,14 @@ def product_dtype(*tensors: Tensor | None) -> torch.dtype:
     given = [tensor for tensor in tensors if tensor is not None]
     dtype = widest(*(tensor.dtype for tensor in given))
     device = given[0].device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if is_autocast(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return dtype
+
+
+def is_autocast(device: str) -> bool:
+    """Whether autocast is at work on a kind of device; 'meta' has none, and can't be asked."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def loss_dtype(logits: torch.dtype, target: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -34,7 +39,7 @@ def loss_dtype(logits: torch.dtype, target: Tensor, weight: Tensor | None) -> to
     That is float32 under autocast. Probabilities and their class weights are multiplied with the
     logarithms of S, and promote as such.
     """
-    if torch.is_autocast_enabled(target.device.type):
+    if is_autocast(target.device.type):
         logits = accumulation_dtype(logits)
     if not target.is_floating_point():
         return logits

@@ -1,5 +1,6 @@
 """What the options of a loss mean: each is folded into a target distribution or a row's weight."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -81,9 +82,9 @@ def fold(
     """
     weight = None if options.weight is None else options.weight.to(dtype)
     if target.is_floating_point():
-        p = target.reshape(-1, target.shape[-1])
+        p = target.reshape(math.prod(target.shape[:-1]), target.shape[-1])
         return _of_probabilities(p, weight, options.label_smoothing, classes, dtype)
-    label = target.reshape(-1).long()
+    label = target.reshape(math.prod(target.shape)).long()
     keep = label != options.ignore_index if may_ignore else None
     if keep is not None:
         label = label.masked_fill(~keep, 0)

@@ -1,5 +1,6 @@
 """Cross-entropy of a linear layer, whose logits are never held for more than a few rows."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ def loss_of_layer(layer: Layer, rows: Rows, reduction: str, how: How) -> Tensor:
     """The loss of a layer (C, D) over rows, of any leading dimensions for 'none'."""
     *shape, features = layer.input.shape
     x, W, b = layer.to(product_dtype(*layer))
-    inputs = Inputs(x.reshape(-1, features), W, b, *rows.y, rows.keep)
+    inputs = Inputs(x.reshape(math.prod(shape), features), W, b, *rows.y, rows.keep)
     loss = loss_of(inputs, rows, reduction, how)
     return loss.reshape(shape) if reduction == "none" else loss
 

@@ -1,5 +1,7 @@
 """Cross-entropy of given logits, whose gradient is S − y."""
 
+import math
+
 from torch import Tensor
 
 from .. import _checks as checks
@@ -26,7 +28,7 @@ def cross_entropy(input: Tensor, target: Tensor, options: Options) -> Tensor:
         )
     may_ignore = checks.labels(target, classes, options.ignore_index)
 
-    z = logits.reshape(-1, classes)
+    z = logits.reshape(math.prod(shape), classes)
     p = target.movedim(class_dim, -1) if target.is_floating_point() else target
     returned = options.dtype or loss_dtype(input.dtype, target, options.weight)
     dtype = accumulation_dtype(widest(input.dtype, returned))
