@@ -1,6 +1,7 @@
 """The one autograd Function, and every touch of PyTorch's own machinery, each with its reason."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import compress
@@ -60,6 +61,10 @@ class Chunked(Function):
         _, *dims = in_dims
         results = plan.batch(info.batch_size, tuple(dims), tensors)
         return results, tuple(None if result is None else 0 for result in results)
+
+
+# Function.apply asks for this at every call, and without it, inspect works it out anew each time.
+Chunked.forward.__signature__ = inspect.signature(Chunked.forward)  # type: ignore[attr-defined]
 
 
 @contextmanager
