@@ -92,8 +92,8 @@ MUTATIONS = [
         ),
         (
             "gradient: forget the label's share",
-            "weight for weight in (t, self.hot)",
-            "weight for weight in (t,)",
+            "for weight in (t, self.hot):",
+            "for weight in (t,):",
         ),
         (
             "gradient: forget the floor",
@@ -219,13 +219,13 @@ MUTATIONS = [
         ),
         (
             "linear: ∂L/∂W of the last chunk alone",
-            "x.to(total.dtype), out=total)",
-            "x.to(total.dtype), beta=0, out=total)",
+            "cast(x, total.dtype), out=total)",
+            "cast(x, total.dtype), beta=0, out=total)",
         ),
         (
             "linear: S for S − y in ∂L/∂x and ∂L/∂W",
-            "g[block] = gradient",
-            "g[block] = torch.softmax(wide, 1)",
+            "g = _put(z, block, gradient)",
+            "g = _put(z, block, torch.softmax(wide, 1))",
         ),
         (
             "linear: ∂L/∂x over that of the first chunk",

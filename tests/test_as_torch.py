@@ -62,12 +62,20 @@ def test_losses_of_half_logits_in_float32(half):
     assert torch.autograd.grad(loss, z)[0].dtype == half
 
 
-def test_logits_in_float32_under_autocast():
-    x, W, target = problem(torch.float32)
+@pytest.mark.parametrize("classes", [K, 40])
+def test_logits_in_float32_under_autocast(classes):
+    x, W = randn(N, D, dtype=torch.float32), randn(classes, D, dtype=torch.float32)
+    target = torch.arange(N) % K
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(x, W, target, dtype=torch.float32)
-    exact = dense_linear_cross_entropy(x.bfloat16().double(), W.bfloat16().double(), target)
+        (again,) = torch.autograd.grad(loss, W, create_graph=True)
+        (curved,) = torch.autograd.grad(again.square().sum(), W)
+    wide = [t.detach().bfloat16().double().requires_grad_() for t in (x, W)]
+    exact = dense_linear_cross_entropy(*wide, target)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(exact, wide[1], create_graph=True)
+    (expected,) = torch.autograd.grad(gradient.square().sum(), wide[1])
+    torch.testing.assert_close(curved.double(), expected, rtol=3e-2, atol=3e-2)
 
 
 def test_modules_pass_the_dtype_on():

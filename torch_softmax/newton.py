@@ -226,6 +226,7 @@ class _Objective:
         wanted = Inputs(False, True, self.examples.bias, False)
         how = How(self.chunk_size, v.dtype, v.dtype)
         numbers, by = numbers_and_gradients(inputs, Weights(mass), wanted, how)
+        assert numbers is not None
         losses = numbers.gap + (numbers.log_sum if mass is None else mass * numbers.log_sum)
         gradient = self.decay * v
         value = float(losses.double().mean()) + 0.5 * _dot(gradient.double(), v.double())

@@ -87,7 +87,7 @@ def chunked(plan: Differentiable, *tensors: Tensor | None) -> tuple[Tensor, ...]
     """Apply a plan, so that what comes of it can be differentiated."""
     # Without gradients there is nothing to bring. And a compiler drops a Function's jvp, and takes
     # its backward for the end of differentiation (pytorch/pytorch#192985).
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or is_transformed()):
+    if torch.compiler.is_compiling() or not is_differentiated():
         return plan.run(*tensors)
     results: tuple[Tensor, ...] = Chunked.apply(plan, *tensors)
     return results
@@ -103,6 +103,11 @@ def is_transformed() -> bool:
     return is_in_func() or forward_ad._current_level >= 0
 
 
+def is_differentiated() -> bool:
+    """Whether what is worked out now may be differentiated later."""
+    return torch.is_grad_enabled() or is_transformed()
+
+
 def may_take_gradients() -> bool:
     """Whether a plain backward alone will ask for gradients, as far as can be foreseen."""
     # The transforms differentiate every gradient again, from the inputs. And whoever sets hooks on
@@ -113,7 +118,7 @@ def may_take_gradients() -> bool:
 
 def scaled_(gradient: Tensor, scale: Tensor) -> Tensor:
     """A gradient that nobody else has seen, times the gradient from above (a scalar)."""
-    if torch.is_grad_enabled() or is_transformed() or torch.compiler.is_compiling():
+    if is_differentiated() or torch.compiler.is_compiling():
         return gradient * scale
     return gradient.mul_(scale)
 

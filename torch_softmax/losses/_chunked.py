@@ -16,8 +16,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._autograd import Mask, Tensors, chunked, is_plain, merge, scaled_, select
-from ._dtypes import accumulation_dtype
+from ._autograd import (
+    Mask,
+    Tensors,
+    chunked,
+    is_differentiated,
+    is_plain,
+    merge,
+    scaled_,
+    select,
+)
+from ._dtypes import accumulation_dtype, outside_autocast
 from ._formulas import product
 
 
@@ -25,6 +34,11 @@ def slices(rows: int, step: int) -> Iterator[slice]:
     """Cut a number of rows into slices of at most `step`; no rows at all are one empty slice."""
     for start in range(0, max(1, rows), step):
         yield slice(start, min(start + step, rows))
+
+
+def cut(tensor: Tensor, rows: slice) -> Tensor:
+    """Some rows of a tensor; itself where these are all, as of a small batch."""
+    return tensor if rows.start == 0 and rows.stop >= tensor.shape[0] else tensor[rows]
 
 
 class Sweep(Protocol):
@@ -64,8 +78,14 @@ class Plan:
         """The results for all rows."""
         if self.known is not None:
             return tuple(result.detach() for result in self.known)
-        if self.sweep is not None and all(map(is_plain, tensors)):
-            return self.sweep.run(*tensors)
+        first = next(tensor for tensor in tensors if tensor is not None)
+        with outside_autocast(first):
+            if self.sweep is not None and all(map(is_plain, tensors)):
+                return self.sweep.run(*tensors)
+            return self._run_in_chunks(*tensors)
+
+    def _run_in_chunks(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The results by the function itself."""
         count = next(t.shape[0] for t in select(tensors, self.rows_in) if t is not None)
         results: list[Tensor] = []
         for rows in slices(count, self.step):
@@ -215,11 +235,13 @@ class Total:
             return (None,) * len(tensors)
         at, weights = _split(tensors, len(self.plan.rows_in))
         of_plan, of_weights = _split(wanted, len(at))
-        derivative = self.plan.vjp(of_plan, (True,) * len(weights))
         known = select(self.taken.pop(), of_plan) if self.taken else None
-        if known is not None and not any(gradient is None for gradient in known):
-            derivative = replace(derivative, known=known)
-        gradients = iter(chunked(derivative, *tensors) if any(of_plan) else ())
+        if known is not None and any(gradient is None for gradient in known):
+            known = None
+        if known is None or is_differentiated():
+            derivative = self.plan.vjp(of_plan, (True,) * len(weights))
+            known = chunked(replace(derivative, known=known), *tensors) if any(of_plan) else ()
+        gradients = iter(known)
         results = chunked(self.plan, *at) if any(of_weights) else weights
         return (
             *(scaled_(next(gradients), upstream) if w else None for w in of_plan),

@@ -35,6 +35,7 @@ def total_of(inputs: Inputs, weights: Weights, how: How) -> Tensor:
     elif asked and may_take_gradients():
         with torch.no_grad():
             numbers, gradients = numbers_and_gradients(inputs, weights, wanted, how)
+        assert numbers is not None
         total = Total(replace(plan_of(how), known=numbers), [gradients])
         (result,) = chunked(total, *inputs, *weights)
         return result

@@ -1,6 +1,7 @@
 """In which dtypes a loss is worked out, and in which it is returned."""
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -10,7 +11,13 @@ Dtypes = tuple[torch.dtype, ...]
 
 def widest(*dtypes: torch.dtype | None) -> torch.dtype:
     """What some dtypes promote to, None left out."""
-    return functools.reduce(torch.promote_types, (dtype for dtype in dtypes if dtype is not None))
+    different = {dtype for dtype in dtypes if dtype is not None}
+    return functools.reduce(torch.promote_types, different)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a dtype, which costs nothing where it is in that already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,6 +38,12 @@ def product_dtype(*tensors: Tensor | None) -> torch.dtype:
 def is_autocast(device: str) -> bool:
     """Whether autocast is at work on a kind of device; 'meta' has none, and can't be asked."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def outside_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Within this, products are made in the dtypes that were chosen for them."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()
 
 
 def loss_dtype(logits: torch.dtype, target: Tensor, weight: Tensor | None) -> torch.dtype:

@@ -87,7 +87,7 @@ class Target(NamedTuple):
     def rows(self, rows: slice) -> "Target":
         """The target of some rows."""
         hot = None if self.hot is None else self.hot[rows]
-        return self._replace(target=self.target[rows], hot=hot)
+        return Target(self.target[rows], hot, self.scale, self.floor)
 
     def push_forward(self, dp: Tensor) -> Tensor:
         """What a change of probabilities does to y, dy = scale ∘ dp; and its own transpose."""
@@ -111,11 +111,11 @@ class Target(NamedTuple):
         if self.is_dense():
             gradient -= weigh(self.push_forward(self.target.to(gradient.dtype)), t)
         else:
-            shares = [weight for weight in (t, self.hot) if weight is not None]
-            share = torch.ones_like(gradient[:, 0]) if not shares else shares[0]
-            for other in shares[1:]:
-                share = share * other
-            gradient.scatter_add_(1, self.target.unsqueeze(1), -share.unsqueeze(1))
+            label = self.target.unsqueeze(1)
+            minus = gradient.new_full((1, 1), -1).expand_as(label)
+            for weight in (t, self.hot):
+                minus = weigh(minus, weight)
+            gradient.scatter_add_(1, label, minus)
         if self.floor is not None:
             gradient -= weigh(self.floor.expand_as(gradient), t)
         return gradient
@@ -166,6 +166,14 @@ def softmax_and_numbers(z: Tensor, y: Target, across: Across | None) -> Row:
     return Row(exponentials.div_(total.unsqueeze(1)), top, Numbers(total.log(), gap))
 
 
+def softmax_alone(z: Tensor, y: Target, across: Across | None) -> tuple[Tensor, Tensor | None]:
+    """S, and the top (N, 1) where a derivative by probabilities may want it."""
+    if across is not None:
+        S, top, _ = softmax_and_numbers(z, y, across)
+        return S, top
+    return softmax(z, 1), z.amax(1, keepdim=True) if y.is_dense() else None
+
+
 def gradient_(softmax: Tensor, y: Target, weights: Weights) -> Tensor:
     """∂T/∂z = s S − t y, into S; where s = t = 1 that is S − y."""
     if weights.s is not None:
@@ -197,15 +205,24 @@ class Curvature(NamedTuple):
     by_weights: Numbers  # (N,), which are the slopes of log_sum and gap
 
 
-def curvature(
-    z: Tensor, row: Row, y: Target, weights: Weights, change: Change, across: Across | None
-) -> Curvature:
+class Point(NamedTuple):
+    """Where second derivatives are taken."""
+
+    z: Tensor  # (N, K)
+    softmax: Tensor  # (N, K)
+    top: Tensor | None  # (N, 1), for probabilities
+    y: Target
+    weights: Weights
+
+
+def curvature(point: Point, change: Change, across: Across | None) -> Curvature:
     """Second order: how the gradient of T changes along a direction, in closed form."""
-    S, top, u, dp = row.softmax, row.top, change.u, change.dp
+    z, S, top, y, weights = point
+    u, dp = change.u, change.dp
     # log_sum changes by S · u, and gap by −y · u + dy · (top − z)
     mean, slope = (S * u).sum(1), y.below(0.0, u)
     dy = None if dp is None else y.push_forward(dp.to(z.dtype))
-    if dy is not None:
+    if dy is not None and top is not None:
         slope = slope + product(dy, top - z).sum(1)
     if across is not None:
         mean, slope = across.total(mean, slope)
@@ -222,6 +239,6 @@ def curvature(
     if y.is_dense():
         # t scale ∘ (top − z) changes by scale ∘ (dt (top − z) − t u)
         by_p = weigh(y.push_forward(-u), weights.t)
-        if change.dt is not None:
+        if change.dt is not None and top is not None:
             by_p += target_gradient(z, top, y, change.dt)
     return Curvature(by_z, by_p, Numbers(mean, slope))

@@ -121,6 +121,7 @@ def _total(*description: Any) -> list[Tensor]:
     inputs, weights, _, _ = sweep.point(tensors)
     wanted = Inputs(*sweep.of_inputs)
     numbers, gradients = numbers_and_gradients(inputs, weights, wanted, sweep.how)
+    assert numbers is not None
     return [weighted_sum(numbers, weights), *select(gradients, wanted)]
 
 

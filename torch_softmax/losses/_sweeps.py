@@ -4,6 +4,7 @@ The plan is the definition of all derivatives. Those that are hot (the numbers o
 gradient of T, and the Hessian of T along a direction) have a sweep each, in closed form.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,14 +15,16 @@ from torch.nn.functional import linear
 
 from . import _formulas as formulas
 from ._autograd import Mask, merge, select
-from ._chunked import Plan, slices
-from ._dtypes import accumulation_dtype
-from ._formulas import Across, Change, Numbers, Target, Weights
+from ._chunked import Plan, cut, slices
+from ._dtypes import accumulation_dtype, cast
+from ._formulas import Across, Change, Numbers, Point, Target, Weights
 
 # Logits that fit a core's cache beside a few passes over them, measured on a CPU.
 _CACHED_LOGITS = 2**19
 # On other devices few large kernels are better, in memory that stays below 2²⁶ logits.
 _LAUNCHED_LOGITS = 2**26
+# Up to this many classes, W xᵀ is a faster product than x Wᵀ.
+_FEW_CLASSES = 32
 # Classes whose weights are widened at a time, where a device has no wide products.
 _WIDENED_CLASSES = 2**12
 # Whether this torch has products of half precision with float32 results, for devices that do.
@@ -47,8 +50,11 @@ class Inputs(NamedTuple):
 
     def rows(self, rows: slice) -> "Inputs":
         """The inputs of some rows, with zeros for the x of those left out, whatever they hold."""
-        cut = zip(self, OF_ROWS, strict=True)
-        here = Inputs(*(v[rows] if r and v is not None else v for v, r in cut))
+        if rows.start == 0 and rows.stop >= self.x.shape[0]:
+            here = self
+        else:
+            pairs = zip(self, OF_ROWS, strict=True)
+            here = Inputs(*(v[rows] if r and v is not None else v for v, r in pairs))
         return here if here.keep is None else here._replace(x=kept(here))
 
 
@@ -90,6 +96,7 @@ def row_numbers(inputs: Inputs, how: How) -> Numbers:
     return formulas.row_numbers(z.to(how.dtype), inputs.y)
 
 
+@functools.lru_cache(maxsize=32)
 def plan_of(how: How) -> Plan:
     """The plan of the numbers of each row, a function of `Inputs`."""
 
@@ -122,15 +129,17 @@ class _Logits:
     def __init__(self, inputs: Inputs, how: How) -> None:
         self.how = how
         x, W = inputs.x, inputs.W
-        shape = (0, 0) if W is None else (min(how.step, x.shape[0]), W.shape[0])
-        self.buffer: Tensor = x.new_empty(shape, dtype=how.logits_dtype)
+        if W is not None and W.shape[0] > _FEW_CLASSES:
+            rows = min(how.step, x.shape[0])
+            self.buffer: Tensor = x.new_empty(rows, W.shape[0], dtype=how.logits_dtype)
 
     def of(self, x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
         """The logits x Wᵀ + b (n, K), in the buffer where they are large; or x without a W."""
         if W is None:
             return x
-        if W.shape[0] <= 32 and x.dtype == self.how.logits_dtype:
-            # with few classes, W xᵀ is the faster product
+        if W.shape[0] <= _FEW_CLASSES:
+            W, x = cast(W, self.how.logits_dtype), cast(x, self.how.logits_dtype)
+            b = None if b is None else cast(b, self.how.logits_dtype)
             return (W @ x.t() if b is None else torch.addmm(b.unsqueeze(1), W, x.t())).t()
         return _multiply(x, W.t(), b, self.buffer[: x.shape[0]])
 
@@ -138,8 +147,8 @@ class _Logits:
         """The rows of a chunk to go over at a time, so that a CPU finds them in its cache."""
         # Several places wait for one another at every block: one is enough.
         if z.device.type != "cpu" or self.how.across is not None:
-            return slices(len(z), len(z) or 1)
-        return slices(len(z), max(1, _CACHED_LOGITS // max(1, z.shape[1])))
+            return slices(z.shape[0], z.shape[0] or 1)
+        return slices(z.shape[0], max(1, _CACHED_LOGITS // max(1, z.shape[1])))
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -163,7 +172,7 @@ def _add_product_(total: Tensor, rows_by_class: Tensor, x: Tensor) -> None:
     if total.dtype != x.dtype and x.is_cuda and _HAS_WIDE_PRODUCTS:
         total += torch.mm(a, x, out_dtype=total.dtype)
     else:
-        torch.addmm(total, a.to(total.dtype), x.to(total.dtype), out=total)
+        torch.addmm(total, cast(a, total.dtype), cast(x, total.dtype), out=total)
 
 
 def _sums(inputs: Inputs, wanted: Inputs, dtype: torch.dtype) -> Inputs:
@@ -180,7 +189,22 @@ def _sums(inputs: Inputs, wanted: Inputs, dtype: torch.dtype) -> Inputs:
 
 def _part(weights: Weights, rows: slice) -> Weights:
     """The weights of some rows."""
-    return Weights(*(None if weight is None else weight[rows] for weight in weights))
+    return Weights(*(None if weight is None else cut(weight, rows) for weight in weights))
+
+
+def _joined(parts: list[Numbers]) -> Numbers:
+    """The numbers of all rows."""
+    if len(parts) == 1:
+        return parts[0]
+    return Numbers(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _put(into: Tensor, block: slice, value: Tensor) -> Tensor:
+    """Write a block of a chunk's rows; or return it where it is all of them."""
+    if value.shape == into.shape and value.dtype == into.dtype:
+        return value
+    into[block] = value
+    return into
 
 
 def _later(rows: slice, block: slice) -> slice:
@@ -195,40 +219,49 @@ def _leave_out_(gradient: Tensor | None, here: Inputs, rows: slice) -> None:
 
 
 def numbers_and_gradients(
-    inputs: Inputs, weights: Weights, wanted: Inputs, how: How
-) -> tuple[Numbers, Inputs]:
-    """The numbers of each row, (N,), and the gradient of T where it is wanted.
+    inputs: Inputs, weights: Weights, wanted: Inputs, how: How, *, numbers_too: bool = True
+) -> tuple[Numbers | None, Inputs]:
+    """The numbers of each row, (N,), if asked for, and the gradient of T where it is wanted.
 
     With g = ∂T/∂z = s S − t y and z = x Wᵀ + b:  ∂T/∂x = Wᵀ g,  ∂T/∂W = g xᵀ,  ∂T/∂b = g
     """
     count, W = inputs.x.shape[0], inputs.W
-    numbers = Numbers(*(inputs.x.new_empty(count, dtype=how.dtype) for _ in Numbers._fields))
+    numbers: list[Numbers] = []
     out = _sums(inputs, wanted, how.dtype)
     logits = _Logits(inputs, how)
     for rows in slices(count, how.step):
         here = inputs.rows(rows)
         z = logits.of(here.x, W, here.b)
-        g = z if W is not None or out.x is None else out.x[rows]
+        g = z
         for block in logits.blocks(z):
             part = _later(rows, block)
-            wide, y, of_part = z[block].to(how.dtype), here.y.rows(block), _part(weights, part)
-            row = formulas.softmax_and_numbers(wide, y, how.across)
-            numbers.log_sum[part], numbers.gap[part] = row.numbers
-            if out.p is not None:
-                out.p[part] = formulas.target_gradient(wide, row.top, y, of_part.t)
+            wide = cast(cut(z, block), how.dtype)
+            y = here.y if wide.shape == z.shape else here.y.rows(block)
+            of_part = _part(weights, part)
+            top: Tensor | None
+            if numbers_too:
+                S, top, numbers_here = formulas.softmax_and_numbers(wide, y, how.across)
+                numbers.append(numbers_here)
+            else:
+                S, top = formulas.softmax_alone(wide, y, how.across)
+            if out.p is not None and top is not None:
+                out.p[part] = formulas.target_gradient(wide, top, y, of_part.t)
             if wanted.x or wanted.W or wanted.b:
-                gradient = formulas.gradient_(row.softmax, y, of_part)
+                gradient = formulas.gradient_(S, y, of_part)
                 if out.b is not None:
                     out.b.add_(gradient.sum(0))
-                g[block] = gradient
+                if W is not None:
+                    g = _put(z, block, gradient)
+                elif out.x is not None:
+                    out.x[part] = gradient
         if W is not None and (wanted.x or wanted.W):
-            g = g.to(here.x.dtype)
+            g = cast(g, here.x.dtype)
             if out.x is not None:
                 torch.mm(g, W, out=out.x[rows])
             if out.W is not None:
                 _add_product_(out.W, g, here.x)
         _leave_out_(out.x, here, rows)
-    return numbers, _over_all_places(out, how)
+    return _joined(numbers) if numbers_too else None, _over_all_places(out, how)
 
 
 def hessian_along(
@@ -248,7 +281,7 @@ def hessian_along(
     The direction is a change of the inputs, and one of the weights; None for what does not move.
     """
     count, W = inputs.x.shape[0], inputs.W
-    slopes = Numbers(*(inputs.x.new_empty(count, dtype=how.dtype) for _ in Numbers._fields))
+    slopes: list[Numbers] = []
     out = _sums(inputs, wanted, how.dtype)
     # A direction is a gradient's cotangent, which float32 sums of half precision have in float32.
     ux, uW, ub = (None if u is None else u.to(inputs.x.dtype) for u in direction[:3])
@@ -262,12 +295,15 @@ def hessian_along(
         h = u if W is not None or out.x is None else out.x[rows]
         for block in logits.blocks(z):
             part = _later(rows, block)
-            wide, y, of_part = z[block].to(how.dtype), here.y.rows(block), _part(weights, part)
-            row = formulas.softmax_and_numbers(wide, y, how.across)
+            wide = cut(z, block).to(how.dtype)
+            y = here.y if wide.shape == z.shape else here.y.rows(block)
+            of_part = _part(weights, part)
+            S, top = formulas.softmax_alone(wide, y, how.across)
+            point = Point(wide, S, top, y, of_part)
             dp = None if direction.p is None else direction.p[part]
             change = Change(u[block].to(how.dtype), dp, *_part(of_weights, part))
-            second = formulas.curvature(wide, row, y, of_part, change, how.across)
-            slopes.log_sum[part], slopes.gap[part] = second.by_weights
+            second = formulas.curvature(point, change, how.across)
+            slopes.append(second.by_weights)
             if out.p is not None:
                 out.p[part] = second.by_p
             if out.b is not None:
@@ -275,9 +311,9 @@ def hessian_along(
             if wanted.x or wanted.W:
                 h[block] = second.by_z
             if needs_g:
-                z[block] = formulas.gradient_(row.softmax, y, of_part)
+                z[block] = formulas.gradient_(S, y, of_part)
         if W is not None and (wanted.x or wanted.W):
-            g, h = z.to(here.x.dtype), h.to(here.x.dtype)
+            g, h = cast(z, here.x.dtype), cast(h, here.x.dtype)
             if out.x is not None:
                 torch.mm(h, W, out=out.x[rows])
                 if uW is not None:
@@ -287,11 +323,12 @@ def hessian_along(
                 if moved is not None:
                     _add_product_(out.W, g, moved)
         _leave_out_(out.x, here, rows)
-    return _over_all_places(out, how), slopes
+    return _over_all_places(out, how), _joined(slopes)
 
 
 def _change(changes: _Logits, here: Inputs, direction: Inputs) -> Tensor:
     """The change u = Wᵀ ux + x uWᵀ + ub of a chunk's logits."""
+    x: Tensor = here.x
     ux, uW, ub = direction.x, direction.W, direction.b
     if here.W is None:
         return torch.zeros_like(here.x) if ux is None else ux
@@ -302,7 +339,7 @@ def _change(changes: _Logits, here: Inputs, direction: Inputs) -> Tensor:
         return u
     if ux is not None:
         return changes.of(ux, here.W, ub)
-    u = changes.buffer[: here.x.shape[0]].zero_()
+    u = x.new_zeros(x.shape[0], here.W.shape[0], dtype=changes.how.logits_dtype)
     return u if ub is None else u.add_(ub)
 
 
@@ -361,7 +398,9 @@ class NumbersSweep(CrossEntropySweep):
     def run(self, *tensors: Any) -> tuple[Tensor, ...]:
         """Both, (N,)."""
         nothing = Inputs(*NO_INPUTS)
-        return numbers_and_gradients(Inputs(*tensors), Weights(), nothing, self.how)[0]
+        numbers, _ = numbers_and_gradients(Inputs(*tensors), Weights(), nothing, self.how)
+        assert numbers is not None
+        return numbers
 
     def vjp(self, wanted: Mask, given: Mask) -> "GradientSweep":
         """The gradient of T, for the weights that are the cotangents."""
@@ -379,7 +418,9 @@ class GradientSweep(CrossEntropySweep):
         """The gradients, of the shapes of what they are by."""
         inputs, weights, _, _ = self.point(tensors)
         wanted = self.of_inputs
-        _, gradients = numbers_and_gradients(inputs, weights, Inputs(*wanted), self.how)
+        _, gradients = numbers_and_gradients(
+            inputs, weights, Inputs(*wanted), self.how, numbers_too=False
+        )
         return select(gradients, wanted)
 
     def vjp(self, wanted: Mask, given: Mask) -> "HessianSweep":

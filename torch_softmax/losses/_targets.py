@@ -64,7 +64,7 @@ class Rows(NamedTuple):
     y: Target
     mass: Tensor | None  # (N,), Σ_k y_k; None for 1
     keep: Tensor | None  # (N,) bool, False where the target is ignored; None where none can be
-    divisor: Tensor  # (), what a mean divides by: the weight of all targets, or 1 where that is 0
+    divisor: Tensor | int  # what a mean divides by: the weight of all targets; 1 where that is 0
     empty: Tensor | None  # () bool, whether it is 0, and their mean nan; None where it can't be
 
 
@@ -104,8 +104,7 @@ def _of_probabilities(
     mass = p.sum(1, dtype=dtype) if scale is None else p.to(dtype) @ scale
     if floor is not None:
         mass = mass + floor.sum()
-    divisor = torch.full((), count, dtype=dtype, device=p.device)
-    return _rows(Target(p, None, scale, floor), mass, None, divisor, may_be_empty=count == 0)
+    return _rows(Target(p, None, scale, floor), mass, None, count)
 
 
 def _of_labels(
@@ -118,10 +117,7 @@ def _of_labels(
 ) -> Rows:
     """Rows of y = (1 − ε) w at the label + ε w / K. A mean divides by the w of all labels."""
     hot = mass = None if weight is None else weight[label]
-    if keep is None:
-        divisor = torch.full((), label.shape[0], dtype=dtype, device=label.device)
-    else:
-        divisor = keep.sum(dtype=dtype)
+    divisor = label.shape[0] if keep is None else keep.sum(dtype=dtype)
     if hot is not None:
         divisor = (hot if keep is None else hot * keep).sum()
     floor = None
@@ -130,15 +126,11 @@ def _of_labels(
         floor = (ones if weight is None else weight) * (smoothing / classes)
         hot = (torch.ones_like(label, dtype=dtype) if hot is None else hot) * (1 - smoothing)
         mass = None if weight is None else hot + floor.sum()
-    may_be_empty = weight is not None or keep is not None or label.shape[0] == 0
-    return _rows(Target(label, hot, None, floor), mass, keep, divisor, may_be_empty=may_be_empty)
+    return _rows(Target(label, hot, None, floor), mass, keep, divisor)
 
 
-def _rows(
-    y: Target, mass: Tensor | None, keep: Tensor | None, divisor: Tensor, *, may_be_empty: bool
-) -> Rows:
-    empty = None
-    if may_be_empty:
-        empty = divisor == 0
-        divisor = divisor.masked_fill(empty, 1)
-    return Rows(y, mass, keep, divisor, empty)
+def _rows(y: Target, mass: Tensor | None, keep: Tensor | None, divisor: Tensor | int) -> Rows:
+    if isinstance(divisor, int) and divisor > 0:
+        return Rows(y, mass, keep, divisor, None)
+    empty = torch.as_tensor(divisor, device=y.target.device) == 0
+    return Rows(y, mass, keep, torch.where(empty, 1, divisor), empty)

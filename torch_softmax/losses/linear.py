@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from .. import _checks as checks
 from ._cross_entropy import loss_of
-from ._dtypes import accumulation_dtype, loss_dtype, product_dtype, widest
+from ._dtypes import accumulation_dtype, cast, loss_dtype, outside_autocast, product_dtype, widest
 from ._formulas import Across
 from ._sweeps import How, Inputs
 from ._targets import Options, Rows, check_classes, fold
@@ -25,7 +25,7 @@ class Layer(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "Layer":
         """The same in a dtype."""
-        return Layer(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
+        return Layer(*(None if t is None else cast(t, dtype) for t in self))  # type: ignore[arg-type]
 
 
 def default_chunk_size(classes: int) -> int:
@@ -46,7 +46,7 @@ def linear_cross_entropy(
     may_ignore = checks.labels(target, classes, options.ignore_index)
     returned, how = dtypes_and_chunks(layer, target, options, chunk_size)
     rows = fold(target, options, classes, how.dtype, may_ignore=may_ignore)
-    return loss_of_layer(layer, rows, options.reduction, how).to(returned)
+    return cast(loss_of_layer(layer, rows, options.reduction, how), returned)
 
 
 def check(layer: Layer, target: Tensor, options: Options) -> None:
@@ -79,7 +79,8 @@ def loss_of_layer(layer: Layer, rows: Rows, reduction: str, how: How) -> Tensor:
     *shape, features = layer.input.shape
     x, W, b = layer.to(product_dtype(*layer))
     inputs = Inputs(x.reshape(math.prod(shape), features), W, b, *rows.y, rows.keep)
-    loss = loss_of(inputs, rows, reduction, how)
+    with outside_autocast(x):
+        loss = loss_of(inputs, rows, reduction, how)
     return loss.reshape(shape) if reduction == "none" else loss
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks as checks
 from ._cross_entropy import loss_of
-from ._dtypes import accumulation_dtype, loss_dtype, widest
+from ._dtypes import accumulation_dtype, cast, loss_dtype, widest
 from ._sweeps import How, Inputs, logits_step
 from ._targets import Options, check_classes, fold
 
@@ -35,4 +35,4 @@ def cross_entropy(input: Tensor, target: Tensor, options: Options) -> Tensor:
     rows = fold(p, options, classes, dtype, may_ignore=may_ignore)
     inputs = Inputs(z, None, None, *rows.y, rows.keep)
     loss = loss_of(inputs, rows, options.reduction, How(logits_step(z), dtype, dtype))
-    return (loss.reshape(shape) if options.reduction == "none" else loss).to(returned)
+    return cast(loss.reshape(shape) if options.reduction == "none" else loss, returned)
