@@ -22,6 +22,9 @@ class Differentiable(Protocol):
     def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """The results, without a thought of derivatives."""
 
+    def for_derivatives(self) -> "Differentiable":
+        """What is kept of it for its derivatives, once it was run."""
+
     def pull(self, tensors: Tensors, cotangents: Tensors, wanted: Mask) -> Tensors:
         """The gradients of the wanted tensors; the others, and cotangents of nothing, are None."""
 
@@ -41,7 +44,8 @@ class Chunked(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.plan, *tensors = inputs
+        plan, *tensors = inputs
+        ctx.plan = plan.for_derivatives()
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)

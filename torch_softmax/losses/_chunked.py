@@ -89,8 +89,8 @@ class Plan:
         count = next(t.shape[0] for t in select(tensors, self.rows_in) if t is not None)
         results: list[Tensor] = []
         for rows in slices(count, self.step):
-            cut = zip(tensors, self.rows_in, strict=True)
-            parts = self.fn(*(t[rows] if r and t is not None else t for t, r in cut))
+            pairs = zip(tensors, self.rows_in, strict=True)
+            parts = self.fn(*(t[rows] if r and t is not None else t for t, r in pairs))
             results = results or [
                 part.new_empty((count, *part.shape[1:]))
                 if of_rows
@@ -157,6 +157,10 @@ class Plan:
             self.step,
             None if self.sweep is None else self.sweep.jvp(moved),
         )
+
+    def for_derivatives(self) -> "Plan":
+        """The same without its results, which may be large."""
+        return self if self.known is None else replace(self, known=None)
 
     def pull(self, tensors: Tensors, cotangents: Tensors, wanted: Mask) -> Tensors:
         """The gradients of the wanted tensors, in backward."""
@@ -227,6 +231,10 @@ class Total:
         """The sum, a scalar."""
         at, weights = _split(tensors, len(self.plan.rows_in))
         return (weighted_sum(self.plan.run(*at), weights),)
+
+    def for_derivatives(self) -> "Total":
+        """Itself, with what was taken along."""
+        return self
 
     def pull(self, tensors: Tensors, cotangents: Tensors, wanted: Mask) -> Tensors:
         """The gradients: those of the plan for its weights, and its results for the weights'."""

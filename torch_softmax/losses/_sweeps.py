@@ -192,11 +192,15 @@ def _part(weights: Weights, rows: slice) -> Weights:
     return Weights(*(None if weight is None else cut(weight, rows) for weight in weights))
 
 
-def _joined(parts: list[Numbers]) -> Numbers:
-    """The numbers of all rows."""
-    if len(parts) == 1:
-        return parts[0]
-    return Numbers(*map(torch.cat, zip(*parts, strict=True)))
+def _among(whole: Numbers | None, part: slice, values: Numbers, count: int) -> Numbers:
+    """The numbers of all rows so far, with those of a block among them."""
+    if values.gap.shape[0] == count:
+        return values
+    # Made once: small tensors that stay between large ones that go would break up the heap.
+    whole = whole or Numbers(*(value.new_empty(count) for value in values))
+    for rows, value in zip(whole, values, strict=True):
+        rows[part] = value
+    return whole
 
 
 def _put(into: Tensor, block: slice, value: Tensor) -> Tensor:
@@ -226,7 +230,7 @@ def numbers_and_gradients(
     With g = ∂T/∂z = s S − t y and z = x Wᵀ + b:  ∂T/∂x = Wᵀ g,  ∂T/∂W = g xᵀ,  ∂T/∂b = g
     """
     count, W = inputs.x.shape[0], inputs.W
-    numbers: list[Numbers] = []
+    numbers: Numbers | None = None
     out = _sums(inputs, wanted, how.dtype)
     logits = _Logits(inputs, how)
     for rows in slices(count, how.step):
@@ -241,7 +245,7 @@ def numbers_and_gradients(
             top: Tensor | None
             if numbers_too:
                 S, top, numbers_here = formulas.softmax_and_numbers(wide, y, how.across)
-                numbers.append(numbers_here)
+                numbers = _among(numbers, part, numbers_here, count)
             else:
                 S, top = formulas.softmax_alone(wide, y, how.across)
             if out.p is not None and top is not None:
@@ -261,7 +265,7 @@ def numbers_and_gradients(
             if out.W is not None:
                 _add_product_(out.W, g, here.x)
         _leave_out_(out.x, here, rows)
-    return _joined(numbers) if numbers_too else None, _over_all_places(out, how)
+    return numbers, _over_all_places(out, how)
 
 
 def hessian_along(
@@ -281,7 +285,7 @@ def hessian_along(
     The direction is a change of the inputs, and one of the weights; None for what does not move.
     """
     count, W = inputs.x.shape[0], inputs.W
-    slopes: list[Numbers] = []
+    slopes: Numbers | None = None
     out = _sums(inputs, wanted, how.dtype)
     # A direction is a gradient's cotangent, which float32 sums of half precision have in float32.
     ux, uW, ub = (None if u is None else u.to(inputs.x.dtype) for u in direction[:3])
@@ -303,7 +307,7 @@ def hessian_along(
             dp = None if direction.p is None else direction.p[part]
             change = Change(u[block].to(how.dtype), dp, *_part(of_weights, part))
             second = formulas.curvature(point, change, how.across)
-            slopes.append(second.by_weights)
+            slopes = _among(slopes, part, second.by_weights, count)
             if out.p is not None:
                 out.p[part] = second.by_p
             if out.b is not None:
@@ -323,7 +327,8 @@ def hessian_along(
                 if moved is not None:
                     _add_product_(out.W, g, moved)
         _leave_out_(out.x, here, rows)
-    return _over_all_places(out, how), _joined(slopes)
+    assert slopes is not None
+    return _over_all_places(out, how), slopes
 
 
 def _change(changes: _Logits, here: Inputs, direction: Inputs) -> Tensor:
