@@ -7,7 +7,8 @@ import torch
 from helpers import random_target
 
 from torch_softmax.losses._chunked import Plan
-from torch_softmax.losses._sweeps import OF_ROWS, How, Inputs, plan_of
+from torch_softmax.losses._plan import plan_of
+from torch_softmax.losses._sweeps import OF_ROWS, How, Inputs
 from torch_softmax.losses._targets import fold, options_of
 
 N, D, K = 7, 3, 5

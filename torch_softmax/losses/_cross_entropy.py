@@ -10,7 +10,8 @@ from ._autograd import chunked, is_plain, is_transformed, may_take_gradients
 from ._chunked import Total, weighted_sum
 from ._formulas import Numbers, Weights
 from ._operators import run_numbers, run_total
-from ._sweeps import How, Inputs, numbers_and_gradients, plan_of, row_numbers
+from ._plan import plan_of, row_numbers
+from ._sweeps import How, Inputs, numbers_and_gradients
 from ._targets import Rows
 
 

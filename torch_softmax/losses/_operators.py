@@ -14,18 +14,16 @@ from ._autograd import Mask, Tensors, merge, select
 from ._chunked import weighted_sum
 from ._dtypes import accumulation_dtype
 from ._formulas import Numbers, Weights
-from ._sweeps import (
+from ._plan import (
     BOTH,
     NEITHER,
     NO_INPUTS,
     CrossEntropySweep,
     GradientSweep,
     HessianSweep,
-    How,
-    Inputs,
     NumbersSweep,
-    numbers_and_gradients,
 )
+from ._sweeps import How, Inputs, numbers_and_gradients
 
 _KINDS: dict[str, type[CrossEntropySweep]] = {
     kind.__name__: kind for kind in (NumbersSweep, GradientSweep, HessianSweep)
