@@ -1,9 +1,13 @@
-"""What every test starts from: a fixed seed, one thread, and torch's own warnings set aside."""
+"""What every test starts from: a fixed seed, one thread, no warnings of torch's; and the digits."""
 
 import signal
 
 import pytest
 import torch
+
+from tests.regression import CLASSES, WEIGHT_DECAY, probabilities
+from torch_softmax.losses._objective import Objective
+from torch_softmax.mnist.data import load_dataset
 
 
 def pytest_configure(config):
@@ -55,3 +59,29 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "compile" in item.name or "export" in item.name:
             item.add_marker(pytest.mark.skip(reason="whole graphs are tested with torch 2.14"))
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_dataset("digits", data_dir="")
+
+
+@pytest.fixture(scope="session")
+def examples(digits):
+    """The training examples, x (1442, 64) in float64."""
+    return digits.train.images.double() / digits.train.max_pixel, digits.train.labels
+
+
+@pytest.fixture(params=[True, False], ids=["bias", "no bias"])
+def bias(request):
+    return request.param
+
+
+@pytest.fixture(params=["indices", "probabilities"])
+def problem(request, examples, bias):
+    """f with its parameters v, and the data it is made of."""
+    input, target = examples
+    if request.param == "probabilities":
+        target = probabilities(target)
+    v = 0.3 * torch.randn(CLASSES, 64 + bias, dtype=torch.float64)
+    return Objective(input, target, WEIGHT_DECAY, bias), v, input, target

@@ -1,6 +1,7 @@
-"""What the tests of the losses share: random problems, and ways to compare derivatives."""
+"""What tests share: random problems, ways to compare derivatives, and what commands say."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[1]
 
 OPTIONS = {
     "reduction": ["mean", "sum", "none"],
@@ -244,3 +247,14 @@ def untouched(*tensors):
             assert_identical(tensor.detach(), value)
 
     return check
+
+
+def one_line(capsys):
+    """The only line on stderr, which must not tell of a traceback."""
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def texts(axes):
+    """What is written in axes, or on a figure."""
+    return [text.get_text() for text in axes.texts]

@@ -1,14 +1,14 @@
 """The derivation of softmax regression, an equation a test."""
 
 import pytest
-import reference
 import torch
-from helpers import assert_same, randn
 from torch.autograd.functional import jacobian
 
+from tests import reference
+from tests.helpers import assert_same, randn
 from torch_softmax import SoftmaxRegression
 from torch_softmax.functional import cross_entropy, softmax
-from torch_softmax.training import batch_update
+from torch_softmax.mnist.training import batch_update
 
 K, D, B = 4, 3, 5
 LABEL = 2

@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import (
+from torch import nn
+from torch.nn import functional as F
+
+from tests.helpers import (
     NewTensors,
     arguments_of,
     assert_differentiable,
@@ -16,9 +19,6 @@ from helpers import (
     randn,
     random_target,
 )
-from torch import nn
-from torch.nn import functional as F
-
 from torch_softmax import CrossEntropyLoss, LinearCrossEntropyLoss, SoftmaxRegression
 
 N, D, K = 5, 3, 4

@@ -1,11 +1,12 @@
 import os
 import re
 import socket
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.world import PROCESSES
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -18,6 +19,14 @@ def test_every_block_of_code_is_found():
     assert len(BLOCKS) == README.read_text(encoding="utf-8").count("```python") > 0
 
 
+def run(code, folder, environment, output):
+    """Run code in this process, which is a fresh one."""
+    os.chdir(folder)
+    os.environ |= environment
+    with output.open("w") as file, redirect_stdout(file):
+        exec(code, {"__name__": "__main__"})
+
+
 @pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=range(len(BLOCKS)))
 def test_a_block_of_code_prints_what_it_says(code, printed, tmp_path):
     with socket.socket() as probe:
@@ -25,13 +34,9 @@ def test_a_block_of_code_prints_what_it_says(code, printed, tmp_path):
         port = probe.getsockname()[1]
     # As torchrun sets them for one process.
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, **ranks},
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == printed
+    output = tmp_path / "output"
+    process = PROCESSES.Process(target=run, args=(code, tmp_path, ranks, output))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert output.read_text() == printed

@@ -3,12 +3,12 @@
 import functools
 
 import pytest
-import reference
 import torch
-from helpers import randn, random_target
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from tests import reference
+from tests.helpers import randn, random_target
 from torch_softmax.functional import cross_entropy, linear_cross_entropy
 from torch_softmax.verify import audit
 

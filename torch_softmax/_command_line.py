@@ -1,18 +1,15 @@
-"""What the commands share: options with their defaults, and how an error ends a command."""
+"""What all commands share: their parser, the device, and how errors and Ctrl-C end them."""
 
 import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from .checkpoints import CheckpointError
-from .data import DATASETS, DataError
-from .training import DivergenceError
+from ._checks import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,8 +17,8 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         example: a command line.
-        epilog: what comes before it, kept as it is.
-        options: those of an ArgumentParser.
+        epilog: What comes before it, kept as it is.
+        options: Those of an ArgumentParser.
     """
 
     def __init__(self, *, example: str = "", epilog: str = "", **options: Any) -> None:
@@ -35,48 +32,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Add --dataset and --data-dir."""
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        choices=DATASETS,
-        default="auto",
-        help="auto (the default) is mnist if it is on disk or can be downloaded, else digits, "
-        "which are part of the package",
-    )
-    add_data_dir_option(data)
-
-
-def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
-    """Add --data-dir."""
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where data sets lie or are downloaded to (default: %(default)s)",
-    )
-
-
-def add_device_option(parser: argparse.ArgumentParser) -> None:
+def add_device_option(parser: argparse.ArgumentParser, default: str = "auto") -> None:
     """Add --device, for `choose_device`."""
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="auto (the default) is a GPU if there is one",
-    )
-
-
-def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint, for `load_checkpoint`."""
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="a model.pt of train_mnist.py, or the run directory that holds it",
+        default=default,
+        help="auto is a GPU if there is one (default: %(default)s)",
     )
 
 
@@ -95,27 +57,27 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def run_command(parser: Parser, command: Callable[[], None]) -> int:
+def run_command(parser: Parser, command: Callable[[], int | None]) -> int:
     """Run a command, and turn what a user can cause into one line on stderr.
 
     Args:
-        parser: its `prog` begins the line.
-        command: raises a ValueError for bad options.
+        parser: Its `prog` begins the line.
+        command: Raises a ValueError for bad options; returns a status, or None for 0.
 
     Returns:
-        The exit status: 0, 1 after an error, or 130 after Ctrl-C. Bad options exit with 2.
+        The exit status: that of the command, 1 after an error, or 130 after Ctrl-C. Bad options
+        exit with 2.
     """
     try:
-        command()
+        return command() or 0
     except ValueError as error:
         parser.error(str(error))
-    except (CheckpointError, DataError, DivergenceError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"{parser.prog}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
-    return 0
 
 
 @contextmanager

@@ -173,7 +173,7 @@ def linear_cross_entropy(
     options = options_of(weight, ignore_index, reduction, label_smoothing, dtype)
     chunk_size = checks.chunk_size(chunk_size)
     if _any_sharded(*layer, target, weight):
-        from .class_parallel import sharded_cross_entropy
+        from .distributed._sharded import sharded_cross_entropy
 
         loss: Tensor = sharded_cross_entropy(layer, target, options, chunk_size)
         return loss

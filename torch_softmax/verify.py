@@ -132,7 +132,7 @@ def audit(
         return subject.forward_mode(direction), (_dot(gradient, direction),)
 
     def products(taken: Callable[[], Tensors]) -> Callable[[], Pair]:
-        return lambda: (taken(), truth.curvature())
+        return lambda: (taken(), truth.hessian_product())
 
     claims: dict[str, Callable[[], Pair]] = {
         "inputs unchanged": subject.inputs_after_and_before,
@@ -303,12 +303,12 @@ class _Reference:
     def gradient(self) -> Tensors:
         return self.subject.gradient(self.subject.point())
 
-    def curvature(self) -> Tensors:
+    def hessian_product(self) -> Tensors:
         return self.subject.double_backward()
 
 
 class _Differences:
-    """The truth by differences: of the function for the gradient, and of that for the curvature."""
+    """The truth by differences: of the function for the gradient, and of that for the Hessian."""
 
     def __init__(self, subject: _Subject) -> None:
         self.subject = subject
@@ -324,7 +324,7 @@ class _Differences:
         units = (_split(unit, point) for unit in torch.eye(numbers).double())
         return _split(torch.stack([self._along(unit, total)[0] for unit in units]), point)
 
-    def curvature(self) -> Tensors:
+    def hessian_product(self) -> Tensors:
         return self._along(self.subject.direction, self.subject.gradient)
 
     def _along(self, direction: Tensors, function: Callable[[Tensors], Tensors]) -> Tensors:

@@ -212,9 +212,9 @@ def in_a_loop(plan: Any, size: int, dims: tuple[int | None, ...], tensors: Tenso
 
 @dataclass(frozen=True, eq=False)
 class Total:
-    """The sum of a plan's results, each weighted by row, with the gradients that were taken along.
+    """The sum of a plan's results, each times a factor for its row, with gradients taken along.
 
-    It takes the plan's tensors, and then a weight (N,) for each result, of which None stands for
+    It takes the plan's tensors, and then a factor (N,) for each result, of which None stands for
     1. Gradients that were worked out beside the results go to the first backward that asks for
     them, which owns them from then on; any further one works them out anew.
 
@@ -229,31 +229,31 @@ class Total:
 
     def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """The sum, a scalar."""
-        at, weights = _split(tensors, len(self.plan.rows_in))
-        return (weighted_sum(self.plan.run(*at), weights),)
+        at, factors = _split(tensors, len(self.plan.rows_in))
+        return (sum_of_products(self.plan.run(*at), factors),)
 
     def for_derivatives(self) -> "Total":
         """Itself, with what was taken along."""
         return self
 
     def pull(self, tensors: Tensors, cotangents: Tensors, wanted: Mask) -> Tensors:
-        """The gradients: those of the plan for its weights, and its results for the weights'."""
+        """The gradients: those of the plan for its factors, and its results for the factors'."""
         (upstream,) = cotangents
         if upstream is None:
             return (None,) * len(tensors)
-        at, weights = _split(tensors, len(self.plan.rows_in))
-        of_plan, of_weights = _split(wanted, len(at))
+        at, factors = _split(tensors, len(self.plan.rows_in))
+        of_plan, of_factors = _split(wanted, len(at))
         known = select(self.taken.pop(), of_plan) if self.taken else None
         if known is not None and any(gradient is None for gradient in known):
             known = None
         if known is None or is_differentiated():
-            derivative = self.plan.vjp(of_plan, (True,) * len(weights))
+            derivative = self.plan.vjp(of_plan, (True,) * len(factors))
             known = chunked(replace(derivative, known=known), *tensors) if any(of_plan) else ()
         gradients = iter(known)
-        results = chunked(self.plan, *at) if any(of_weights) else weights
+        results = chunked(self.plan, *at) if any(of_factors) else factors
         return (
             *(scaled_(next(gradients), upstream) if w else None for w in of_plan),
-            *(r * upstream if w else None for r, w in zip(results, of_weights, strict=True)),
+            *(r * upstream if w else None for r, w in zip(results, of_factors, strict=True)),
         )
 
     def push(self, tensors: Tensors, tangents: Tensors) -> Tensors:
@@ -265,10 +265,10 @@ class Total:
         raise NotImplementedError("vmap needs the plan itself, got its sum")
 
 
-def weighted_sum(results: tuple[Tensor, ...], weights: Tensors) -> Tensor:
-    """Σ_n Σ_i w_ni r_ni, over rows n and results i, where a weight of None is 1."""
-    pairs = zip(results, weights, strict=True)
-    terms = [result if weight is None else product(weight, result) for result, weight in pairs]
+def sum_of_products(results: tuple[Tensor, ...], factors: Tensors) -> Tensor:
+    """Σ_n Σ_i f_ni r_ni, over rows n and results i, where a factor of None is 1."""
+    pairs = zip(results, factors, strict=True)
+    terms = [result if factor is None else product(factor, result) for result, factor in pairs]
     return functools.reduce(torch.add, terms).sum()
 
 

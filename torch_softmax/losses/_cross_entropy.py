@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ._autograd import chunked, is_plain, is_transformed, may_take_gradients
-from ._chunked import Total, weighted_sum
-from ._formulas import Numbers, Weights
+from ._chunked import Total, sum_of_products
+from ._formulas import Factors, Numbers
 from ._operators import run_numbers, run_total
 from ._plan import plan_of, row_numbers
 from ._sweeps import How, Inputs, numbers_and_gradients
-from ._targets import Rows
+from ._targets import Terms
 
 
 def numbers_of(inputs: Inputs, how: How) -> Numbers:
@@ -26,24 +26,24 @@ def numbers_of(inputs: Inputs, how: How) -> Numbers:
     return run_numbers(inputs, how)
 
 
-def total_of(inputs: Inputs, weights: Weights, how: How) -> Tensor:
+def total_of(inputs: Inputs, factors: Factors, how: How) -> Tensor:
     """T = Σ_n s_n log_sum_n + t_n gap_n, with its gradients taken along where one will be asked."""
     wanted = Inputs(*(t is not None and t.requires_grad for t in inputs))
     asked = any(wanted) and torch.is_grad_enabled() and all(map(is_plain, inputs))
     if torch.compiler.is_compiling():
         if asked and not is_transformed():
-            return run_total(inputs, weights, wanted, how)
+            return run_total(inputs, factors, wanted, how)
     elif asked and may_take_gradients():
         with torch.no_grad():
-            numbers, gradients = numbers_and_gradients(inputs, weights, wanted, how)
+            numbers, gradients = numbers_and_gradients(inputs, factors, wanted, how)
         assert numbers is not None
         total = Total(replace(plan_of(how), known=numbers), [gradients])
-        (result,) = chunked(total, *inputs, *weights)
+        (result,) = chunked(total, *inputs, *factors)
         return result
-    return weighted_sum(numbers_of(inputs, how), weights)
+    return sum_of_products(numbers_of(inputs, how), factors)
 
 
-def loss_of(inputs: Inputs, rows: Rows, reduction: str, how: How) -> Tensor:
+def loss_of(inputs: Inputs, terms: Terms, reduction: str, how: How) -> Tensor:
     """The loss L = m log_sum + gap of each row, (N,), or their sum or mean.
 
     Three matrix products are the least for a layer with its gradients, and only for a sum is it
@@ -51,24 +51,24 @@ def loss_of(inputs: Inputs, rows: Rows, reduction: str, how: How) -> Tensor:
     """
     if reduction == "none" or inputs.W is None:
         log_sum, gap = numbers_of(inputs, how)
-        loss = gap + (log_sum if rows.mass is None else rows.mass * log_sum)
-        if rows.keep is not None:
-            loss = loss.masked_fill(~rows.keep, 0)
+        loss = gap + (log_sum if terms.mass is None else terms.mass * log_sum)
+        if terms.keep is not None:
+            loss = loss.masked_fill(~terms.keep, 0)
         if reduction == "none":
             return loss
         loss = loss.sum()
     else:
-        loss = total_of(inputs, _weights(rows, how), how)
+        loss = total_of(inputs, _factors(terms, how), how)
     if reduction == "mean":
-        loss = loss / rows.divisor
-        if rows.empty is not None:
-            loss = loss.masked_fill(rows.empty, nan)
+        loss = loss / terms.divisor
+        if terms.empty is not None:
+            loss = loss.masked_fill(terms.empty, nan)
     return loss
 
 
-def _weights(rows: Rows, how: How) -> Weights:
+def _factors(terms: Terms, how: How) -> Factors:
     """With s = m and t = 1 for the rows that count, and both 0 for the others, T is Σ L."""
-    if rows.keep is None:
-        return Weights(rows.mass, None)
-    counts = rows.keep.to(how.dtype)
-    return Weights(counts if rows.mass is None else counts * rows.mass, counts)
+    if terms.keep is None:
+        return Factors(terms.mass, None)
+    counts = terms.keep.to(how.dtype)
+    return Factors(counts if terms.mass is None else counts * terms.mass, counts)

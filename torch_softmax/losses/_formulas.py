@@ -9,14 +9,14 @@
     m        its mass Σ_k y_k, which is 1 but for class weights
     log_sum  log Σ_k e^{z_k − top}
     gap      Σ_k y_k (top − z_k), by how much the target's logits lie below the largest
-    s, t     what log_sum and gap are weighted with
+    s, t     the factors of log_sum and gap in T
     u        a change of z; dp, ds and dt those of p, s and t
 
 A row is known by log_sum and gap, as its loss is L = −Σ_k y_k log S_k = m log_sum + gap. Both are
 relative to the top: m log Σ_k e^{z_k} − y · z would lose every digit at logits of 8000.
 
-Weighted, T = Σ_n s_n log_sum_n + t_n gap_n, and all derivatives follow from ∂log_sum/∂z = S and
-∂gap/∂z = −y:
+With the factors, T = Σ_n s_n log_sum_n + t_n gap_n. All derivatives follow from ∂log_sum/∂z = S
+and ∂gap/∂z = −y:
 
     ∂T/∂z = s S − t y, which is S − y where s = t = 1
     ∂T/∂s = log_sum,  ∂T/∂t = gap,  ∂T/∂y = t (top − z)
@@ -45,27 +45,27 @@ class Across(Protocol):
 
 
 class Numbers(NamedTuple):
-    """One number for each of log_sum and gap: themselves (N,), their weights s and t, or slopes."""
+    """One number for each of log_sum and gap: themselves (N,), their factors s and t, or slopes."""
 
     log_sum: Tensor
     gap: Tensor
 
 
-class Weights(NamedTuple):
-    """The weights s and t of log_sum and gap, (N,); None stands for 1."""
+class Factors(NamedTuple):
+    """The factors s and t of log_sum and gap, (N,); None stands for 1."""
 
     s: Tensor | None = None
     t: Tensor | None = None
 
 
-def product(weight: Tensor, value: Tensor) -> Tensor:
-    """The product of a weight and a value, where 0 · ∞ is 0: what has no weight adds nothing."""
-    return torch.where((weight == 0) & value.isinf(), 0, weight * value)
+def product(factor: Tensor, value: Tensor) -> Tensor:
+    """The product of a factor and a value, where 0 · ∞ is 0: what counts 0 times adds nothing."""
+    return torch.where((factor == 0) & value.isinf(), 0, factor * value)
 
 
-def weigh(rows: Tensor, weight: Tensor | None) -> Tensor:
-    """Each row (N, ·) times its weight (N,), where None stands for 1."""
-    return rows if weight is None else rows * weight.unsqueeze(1)
+def times(value: Tensor, factor: Tensor | None) -> Tensor:
+    """Each row of a value (N, ·) times its factor (N,), where None stands for 1."""
+    return value if factor is None else value * factor.unsqueeze(1)
 
 
 class Target(NamedTuple):
@@ -109,15 +109,15 @@ class Target(NamedTuple):
     def subtract_from_(self, gradient: Tensor, t: Tensor | None) -> Tensor:
         """Take t y off a gradient (N, K), in place."""
         if self.is_dense():
-            gradient -= weigh(self.push_forward(self.target.to(gradient.dtype)), t)
+            gradient -= times(self.push_forward(self.target.to(gradient.dtype)), t)
         else:
             label = self.target.unsqueeze(1)
             minus = gradient.new_full((1, 1), -1).expand_as(label)
-            for weight in (t, self.hot):
-                minus = weigh(minus, weight)
+            for factor in (t, self.hot):
+                minus = times(minus, factor)
             gradient.scatter_add_(1, label, minus)
         if self.floor is not None:
-            gradient -= weigh(self.floor.expand_as(gradient), t)
+            gradient -= times(self.floor.expand_as(gradient), t)
         return gradient
 
 
@@ -174,11 +174,11 @@ def softmax_alone(z: Tensor, y: Target, across: Across | None) -> tuple[Tensor, 
     return softmax(z, 1), z.amax(1, keepdim=True) if y.is_dense() else None
 
 
-def gradient_(softmax: Tensor, y: Target, weights: Weights) -> Tensor:
+def gradient_(softmax: Tensor, y: Target, factors: Factors) -> Tensor:
     """∂T/∂z = s S − t y, into S; where s = t = 1 that is S − y."""
-    if weights.s is not None:
-        softmax *= weights.s.unsqueeze(1)
-    return y.subtract_from_(softmax, weights.t)
+    if factors.s is not None:
+        softmax *= factors.s.unsqueeze(1)
+    return y.subtract_from_(softmax, factors.t)
 
 
 def target_gradient(z: Tensor, top: Tensor, y: Target, t: Tensor | None) -> Tensor:
@@ -197,12 +197,12 @@ class Change(NamedTuple):
     dt: Tensor | None = None  # (N,)
 
 
-class Curvature(NamedTuple):
+class HessianProduct(NamedTuple):
     """The derivatives, along a direction, of the gradient of T."""
 
     by_z: Tensor  # (N, K)
     by_p: Tensor | None  # (N, K), None for class indices
-    by_weights: Numbers  # (N,), which are the slopes of log_sum and gap
+    by_factors: Numbers  # (N,), which are the slopes of log_sum and gap
 
 
 class Point(NamedTuple):
@@ -212,12 +212,12 @@ class Point(NamedTuple):
     softmax: Tensor  # (N, K)
     top: Tensor | None  # (N, 1), for probabilities
     y: Target
-    weights: Weights
+    factors: Factors
 
 
-def curvature(point: Point, change: Change, across: Across | None) -> Curvature:
+def hessian_product(point: Point, change: Change, across: Across | None) -> HessianProduct:
     """Second order: how the gradient of T changes along a direction, in closed form."""
-    z, S, top, y, weights = point
+    z, S, top, y, factors = point
     u, dp = change.u, change.dp
     # log_sum changes by S · u, and gap by −y · u + dy · (top − z)
     mean, slope = (S * u).sum(1), y.below(0.0, u)
@@ -227,18 +227,18 @@ def curvature(point: Point, change: Change, across: Across | None) -> Curvature:
     if across is not None:
         mean, slope = across.total(mean, slope)
     # s S − t y changes by s S ∘ (u − S · u) + ds S − t dy − dt y
-    by_z = weigh(u - mean.unsqueeze(1), weights.s)
+    by_z = times(u - mean.unsqueeze(1), factors.s)
     if change.ds is not None:
         by_z += change.ds.unsqueeze(1)
     by_z = S * by_z
     if dy is not None:
-        by_z -= weigh(dy, weights.t)
+        by_z -= times(dy, factors.t)
     if change.dt is not None:
         by_z = y.subtract_from_(by_z, change.dt)
     by_p = None
     if y.is_dense():
         # t scale ∘ (top − z) changes by scale ∘ (dt (top − z) − t u)
-        by_p = weigh(y.push_forward(-u), weights.t)
+        by_p = times(y.push_forward(-u), factors.t)
         if change.dt is not None and top is not None:
             by_p += target_gradient(z, top, y, change.dt)
-    return Curvature(by_z, by_p, Numbers(mean, slope))
+    return HessianProduct(by_z, by_p, Numbers(mean, slope))

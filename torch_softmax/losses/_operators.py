@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ._autograd import Mask, Tensors, merge, select
-from ._chunked import weighted_sum
+from ._chunked import sum_of_products
 from ._dtypes import accumulation_dtype
-from ._formulas import Numbers, Weights
+from ._formulas import Factors, Numbers
 from ._plan import (
     BOTH,
     NEITHER,
@@ -116,11 +116,11 @@ def run_sweep(sweep: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 def _total(*description: Any) -> list[Tensor]:
     """T, and its gradient by the inputs that the sweep's `asked` names."""
     sweep, tensors = _read(*description)
-    inputs, weights, _, _ = sweep.point(tensors)
+    inputs, factors, _, _ = sweep.point(tensors)
     wanted = Inputs(*sweep.of_inputs)
-    numbers, gradients = numbers_and_gradients(inputs, weights, wanted, sweep.how)
+    numbers, gradients = numbers_and_gradients(inputs, factors, wanted, sweep.how)
     assert numbers is not None
-    return [weighted_sum(numbers, weights), *select(gradients, wanted)]
+    return [sum_of_products(numbers, factors), *select(gradients, wanted)]
 
 
 @_total.register_fake
@@ -151,7 +151,7 @@ def _pull_total(ctx: Any, cotangents: list[Tensor]) -> Any:
         sweep = GradientSweep(sweep.how, sweep.given, asked=(*of_inputs, *NEITHER))
         taken = run_sweep(sweep, *tensors)
     by = merge([None] * len(sweep.of_inputs), sweep.of_inputs, taken)
-    numbers: Any = Weights()
+    numbers: Any = Factors()
     if of_s or of_t:
         inputs, _, _, _ = sweep.point(tensors)
         numbers = run_sweep(NumbersSweep(sweep.how), *inputs)
@@ -163,11 +163,11 @@ def _pull_total(ctx: Any, cotangents: list[Tensor]) -> Any:
 _total.register_autograd(_pull_total, setup_context=_save_total)
 
 
-def run_total(inputs: Inputs, weights: Weights, wanted: Inputs, how: How) -> Tensor:
+def run_total(inputs: Inputs, factors: Factors, wanted: Inputs, how: How) -> Tensor:
     """T, with the gradients that are wanted taken along, by its operator."""
     sweep = GradientSweep(how, BOTH, asked=(*wanted, *NEITHER))
     total: Tensor
-    total, *_ = _total(*_described(sweep, (*inputs, *weights)))
+    total, *_ = _total(*_described(sweep, (*inputs, *factors)))
     return total
 
 

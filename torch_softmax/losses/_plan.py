@@ -10,10 +10,10 @@ from torch.nn.functional import linear
 from . import _formulas as formulas
 from ._autograd import Mask, merge, select
 from ._chunked import Plan
-from ._formulas import Numbers, Weights
+from ._formulas import Factors, Numbers
 from ._sweeps import OF_ROWS, How, Inputs, hessian_along, kept, numbers_and_gradients
 
-# Masks of the inputs and of the weights s and t.
+# Masks of the inputs and of the factors s and t.
 NO_INPUTS: Mask = (False,) * len(OF_ROWS)
 BOTH, NEITHER = (True, True), (False, False)
 
@@ -47,13 +47,13 @@ def plan_of(how: How) -> Plan:
 
 @dataclass(frozen=True)
 class CrossEntropySweep:
-    """What a sweep is about. A mask is one of the inputs, followed by one of the weights s and t.
+    """What a sweep is about. A mask is one of the inputs, followed by one of the factors s and t.
 
     Args:
         how: How the logits are worked out.
-        given: Which of the weights are given, after the inputs; the others are 0.
-        moved: Along which of inputs and weights a direction is given, after these.
-        asked: The derivatives by which of inputs and weights are the results.
+        given: Which of the factors are given, after the inputs; the others are 0.
+        moved: Along which of inputs and factors a direction is given, after these.
+        asked: The derivatives by which of inputs and factors are the results.
     """
 
     how: How
@@ -66,8 +66,8 @@ class CrossEntropySweep:
         """The derivatives by which of the inputs are asked for."""
         return self.asked[: len(NO_INPUTS)]
 
-    def point(self, tensors: tuple[Any, ...]) -> tuple[Inputs, Weights, Inputs, Weights]:
-        """The inputs, their weights, and the direction of each."""
+    def point(self, tensors: tuple[Any, ...]) -> tuple[Inputs, Factors, Inputs, Factors]:
+        """The inputs, their factors, and the direction of each."""
         values = iter(tensors)
         inputs = Inputs(*(next(values) for _ in Inputs._fields))
 
@@ -75,9 +75,9 @@ class CrossEntropySweep:
             like: Tensor = inputs.x
             return like.new_zeros(like.shape[0], dtype=self.how.dtype)
 
-        weights = Weights(*(next(values) if given else zeros() for given in self.given))
+        factors = Factors(*(next(values) if given else zeros() for given in self.given))
         direction = [next(values) if moved else None for moved in self.moved]
-        return inputs, weights, Inputs(*direction[:-2]), Weights(*direction[-2:])
+        return inputs, factors, Inputs(*direction[:-2]), Factors(*direction[-2:])
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,16 @@ class NumbersSweep(CrossEntropySweep):
     def run(self, *tensors: Any) -> tuple[Tensor, ...]:
         """Both, (N,)."""
         nothing = Inputs(*NO_INPUTS)
-        numbers, _ = numbers_and_gradients(Inputs(*tensors), Weights(), nothing, self.how)
+        numbers, _ = numbers_and_gradients(Inputs(*tensors), Factors(), nothing, self.how)
         assert numbers is not None
         return numbers
 
     def vjp(self, wanted: Mask, given: Mask) -> "GradientSweep":
-        """The gradient of T, for the weights that are the cotangents."""
+        """The gradient of T, for the factors that are the cotangents."""
         return GradientSweep(self.how, given, asked=(*wanted, *NEITHER))
 
     def jvp(self, moved: Mask) -> "HessianSweep":
-        """The slopes of both, which are second derivatives of T: it is linear in its weights."""
+        """The slopes of both, which are second derivatives of T: it is linear in its factors."""
         return HessianSweep(self.how, NEITHER, (*moved, *NEITHER), (*NO_INPUTS, *BOTH))
 
 
@@ -107,10 +107,10 @@ class GradientSweep(CrossEntropySweep):
 
     def run(self, *tensors: Any) -> tuple[Tensor, ...]:
         """The gradients, of the shapes of what they are by."""
-        inputs, weights, _, _ = self.point(tensors)
+        inputs, factors, _, _ = self.point(tensors)
         wanted = self.of_inputs
         _, gradients = numbers_and_gradients(
-            inputs, weights, Inputs(*wanted), self.how, numbers_too=False
+            inputs, factors, Inputs(*wanted), self.how, numbers_too=False
         )
         return select(gradients, wanted)
 
@@ -124,7 +124,7 @@ class GradientSweep(CrossEntropySweep):
         return HessianSweep(self.how, self.given, self._of_all(moved), self.asked)
 
     def _of_all(self, mask: Mask) -> Mask:
-        """A mask of the inputs and the weights that are given, as one of inputs and weights."""
+        """A mask of the inputs and the factors that are given, as one of inputs and factors."""
         return merge((*NO_INPUTS, *NEITHER), (*(True for _ in NO_INPUTS), *self.given), mask)
 
 
@@ -133,9 +133,9 @@ class HessianSweep(CrossEntropySweep):
 
     def run(self, *tensors: Any) -> tuple[Tensor, ...]:
         """The changes, of the shapes of what they are by."""
-        inputs, weights, direction, of_weights = self.point(tensors)
+        inputs, factors, direction, of_factors = self.point(tensors)
         wanted = Inputs(*self.of_inputs)
-        changes, slopes = hessian_along(inputs, weights, direction, of_weights, wanted, self.how)
+        changes, slopes = hessian_along(inputs, factors, direction, of_factors, wanted, self.how)
         return select((*changes, *slopes), self.asked)
 
     def vjp(self, wanted: Mask, given: Mask) -> None:

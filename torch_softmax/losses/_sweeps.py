@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _formulas as formulas
 from ._chunked import cut, slices
 from ._dtypes import accumulation_dtype, cast
-from ._formulas import Across, Change, Numbers, Point, Target, Weights
+from ._formulas import Across, Change, Factors, Numbers, Point, Target
 
 # Logits that fit a core's cache beside a few passes over them, measured on a CPU.
 _CACHED_LOGITS = 2**19
@@ -158,9 +158,9 @@ def _sums(inputs: Inputs, wanted: Inputs, dtype: torch.dtype) -> Inputs:
     )
 
 
-def _part(weights: Weights, rows: slice) -> Weights:
-    """The weights of some rows."""
-    return Weights(*(None if weight is None else cut(weight, rows) for weight in weights))
+def _part(factors: Factors, rows: slice) -> Factors:
+    """The factors of some rows."""
+    return Factors(*(None if factor is None else cut(factor, rows) for factor in factors))
 
 
 def _among(whole: Numbers | None, part: slice, values: Numbers, count: int) -> Numbers:
@@ -188,13 +188,13 @@ def _later(rows: slice, block: slice) -> slice:
 
 
 def _leave_out_(gradient: Tensor | None, here: Inputs, rows: slice) -> None:
-    """Put 0 where a gradient is that of a row left out, whatever the weights are."""
+    """Put 0 where a gradient is that of a row left out, whatever the factors are."""
     if gradient is not None and here.keep is not None:
         gradient[rows].masked_fill_(~here.keep.unsqueeze(1), 0)
 
 
 def numbers_and_gradients(
-    inputs: Inputs, weights: Weights, wanted: Inputs, how: How, *, numbers_too: bool = True
+    inputs: Inputs, factors: Factors, wanted: Inputs, how: How, *, numbers_too: bool = True
 ) -> tuple[Numbers | None, Inputs]:
     """The numbers of each row, (N,), if asked for, and the gradient of T where it is wanted.
 
@@ -212,7 +212,7 @@ def numbers_and_gradients(
             part = _later(rows, block)
             wide = cast(cut(z, block), how.dtype)
             y = here.y if wide.shape == z.shape else here.y.rows(block)
-            of_part = _part(weights, part)
+            of_part = _part(factors, part)
             top: Tensor | None
             if numbers_too:
                 S, top, numbers_here = formulas.softmax_and_numbers(wide, y, how.across)
@@ -241,9 +241,9 @@ def numbers_and_gradients(
 
 def hessian_along(
     inputs: Inputs,
-    weights: Weights,
+    factors: Factors,
     direction: Inputs,
-    of_weights: Weights,
+    of_factors: Factors,
     wanted: Inputs,
     how: How,
 ) -> tuple[Inputs, Numbers]:
@@ -253,7 +253,7 @@ def hessian_along(
     ∂T/∂x changes by Wᵀ h + uWᵀ g,  ∂T/∂W by h xᵀ + g uxᵀ,  ∂T/∂b by h,  and ∂T/∂s and ∂T/∂t by
     the slopes of log_sum and gap.
 
-    The direction is a change of the inputs, and one of the weights; None for what does not move.
+    The direction is a change of the inputs, and one of the factors; None for what does not move.
     """
     count, W = inputs.x.shape[0], inputs.W
     slopes: Numbers | None = None
@@ -272,13 +272,13 @@ def hessian_along(
             part = _later(rows, block)
             wide = cut(z, block).to(how.dtype)
             y = here.y if wide.shape == z.shape else here.y.rows(block)
-            of_part = _part(weights, part)
+            of_part = _part(factors, part)
             S, top = formulas.softmax_alone(wide, y, how.across)
             point = Point(wide, S, top, y, of_part)
             dp = None if direction.p is None else direction.p[part]
-            change = Change(u[block].to(how.dtype), dp, *_part(of_weights, part))
-            second = formulas.curvature(point, change, how.across)
-            slopes = _among(slopes, part, second.by_weights, count)
+            change = Change(u[block].to(how.dtype), dp, *_part(of_factors, part))
+            second = formulas.hessian_product(point, change, how.across)
+            slopes = _among(slopes, part, second.by_factors, count)
             if out.p is not None:
                 out.p[part] = second.by_p
             if out.b is not None:

@@ -58,8 +58,8 @@ def check_classes(classes: int, weight: Tensor | None) -> None:
         checks.shape("weight", weight, (classes,), "for one weight a class")
 
 
-class Rows(NamedTuple):
-    """The rows of a loss, with every option folded in."""
+class Terms(NamedTuple):
+    """What the loss of each row is made from, with every option folded in."""
 
     y: Target
     mass: Tensor | None  # (N,), Σ_k y_k; None for 1
@@ -70,8 +70,8 @@ class Rows(NamedTuple):
 
 def fold(
     target: Tensor, options: Options, classes: int, dtype: torch.dtype, *, may_ignore: bool
-) -> Rows:
-    """Fold the options of a loss, checked before, into its rows.
+) -> Terms:
+    """Fold the options of a loss, checked before, into its terms.
 
     Args:
         target: Class indices (...), or probabilities (..., K), of N rows.
@@ -93,8 +93,8 @@ def fold(
 
 def _of_probabilities(
     p: Tensor, weight: Tensor | None, smoothing: float, classes: int, dtype: torch.dtype
-) -> Rows:
-    """Rows of y = (1 − ε) w ∘ p + ε w / K. A mean divides by their number."""
+) -> Terms:
+    """Terms of y = (1 − ε) w ∘ p + ε w / K. A mean divides by their number."""
     count, columns = p.shape  # which are not all classes, where these are spread
     scale, floor = weight, None
     if smoothing:
@@ -104,7 +104,7 @@ def _of_probabilities(
     mass = p.sum(1, dtype=dtype) if scale is None else p.to(dtype) @ scale
     if floor is not None:
         mass = mass + floor.sum()
-    return _rows(Target(p, None, scale, floor), mass, None, count)
+    return _terms(Target(p, None, scale, floor), mass, None, count)
 
 
 def _of_labels(
@@ -114,8 +114,8 @@ def _of_labels(
     smoothing: float,
     classes: int,
     dtype: torch.dtype,
-) -> Rows:
-    """Rows of y = (1 − ε) w at the label + ε w / K. A mean divides by the w of all labels."""
+) -> Terms:
+    """Terms of y = (1 − ε) w at the label + ε w / K. A mean divides by the w of all labels."""
     hot = mass = None if weight is None else weight[label]
     divisor = label.shape[0] if keep is None else keep.sum(dtype=dtype)
     if hot is not None:
@@ -126,11 +126,11 @@ def _of_labels(
         floor = (ones if weight is None else weight) * (smoothing / classes)
         hot = (torch.ones_like(label, dtype=dtype) if hot is None else hot) * (1 - smoothing)
         mass = None if weight is None else hot + floor.sum()
-    return _rows(Target(label, hot, None, floor), mass, keep, divisor)
+    return _terms(Target(label, hot, None, floor), mass, keep, divisor)
 
 
-def _rows(y: Target, mass: Tensor | None, keep: Tensor | None, divisor: Tensor | int) -> Rows:
+def _terms(y: Target, mass: Tensor | None, keep: Tensor | None, divisor: Tensor | int) -> Terms:
     if isinstance(divisor, int) and divisor > 0:
-        return Rows(y, mass, keep, divisor, None)
+        return Terms(y, mass, keep, divisor, None)
     empty = torch.as_tensor(divisor, device=y.target.device) == 0
-    return Rows(y, mass, keep, torch.where(empty, 1, divisor), empty)
+    return Terms(y, mass, keep, torch.where(empty, 1, divisor), empty)

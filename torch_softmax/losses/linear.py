@@ -12,7 +12,7 @@ from ._cross_entropy import loss_of
 from ._dtypes import accumulation_dtype, cast, loss_dtype, outside_autocast, product_dtype, widest
 from ._formulas import Across
 from ._sweeps import How, Inputs
-from ._targets import Options, Rows, check_classes, fold
+from ._targets import Options, Terms, check_classes, fold
 from .logits import cross_entropy
 
 
@@ -45,8 +45,8 @@ def linear_cross_entropy(
         return cross_entropy(_all_logits(layer), target, options)
     may_ignore = checks.labels(target, classes, options.ignore_index)
     returned, how = dtypes_and_chunks(layer, target, options, chunk_size)
-    rows = fold(target, options, classes, how.dtype, may_ignore=may_ignore)
-    return cast(loss_of_layer(layer, rows, options.reduction, how), returned)
+    terms = fold(target, options, classes, how.dtype, may_ignore=may_ignore)
+    return cast(loss_of_layer(layer, terms, options.reduction, how), returned)
 
 
 def check(layer: Layer, target: Tensor, options: Options) -> None:
@@ -74,13 +74,13 @@ def dtypes_and_chunks(
     return returned, How(step, dtype, logits, across)
 
 
-def loss_of_layer(layer: Layer, rows: Rows, reduction: str, how: How) -> Tensor:
-    """The loss of a layer (C, D) over rows, of any leading dimensions for 'none'."""
+def loss_of_layer(layer: Layer, terms: Terms, reduction: str, how: How) -> Tensor:
+    """The loss of a layer (C, D) from its terms, of any leading dimensions for 'none'."""
     *shape, features = layer.input.shape
     x, W, b = layer.to(product_dtype(*layer))
-    inputs = Inputs(x.reshape(math.prod(shape), features), W, b, *rows.y, rows.keep)
+    inputs = Inputs(x.reshape(math.prod(shape), features), W, b, *terms.y, terms.keep)
     with outside_autocast(x):
-        loss = loss_of(inputs, rows, reduction, how)
+        loss = loss_of(inputs, terms, reduction, how)
     return loss.reshape(shape) if reduction == "none" else loss
 
 

@@ -32,7 +32,7 @@ def cross_entropy(input: Tensor, target: Tensor, options: Options) -> Tensor:
     p = target.movedim(class_dim, -1) if target.is_floating_point() else target
     returned = options.dtype or loss_dtype(input.dtype, target, options.weight)
     dtype = accumulation_dtype(widest(input.dtype, returned))
-    rows = fold(p, options, classes, dtype, may_ignore=may_ignore)
-    inputs = Inputs(z, None, None, *rows.y, rows.keep)
-    loss = loss_of(inputs, rows, options.reduction, How(logits_step(z), dtype, dtype))
+    terms = fold(p, options, classes, dtype, may_ignore=may_ignore)
+    inputs = Inputs(z, None, None, *terms.y, terms.keep)
+    loss = loss_of(inputs, terms, options.reduction, How(logits_step(z), dtype, dtype))
     return cast(loss.reshape(shape) if options.reduction == "none" else loss, returned)

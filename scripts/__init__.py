@@ -1,0 +1,1 @@
+"""Tools around the package, a room for each purpose; none of them is installed."""

@@ -1,0 +1,8 @@
+"""The benchmark: python -m scripts.benchmark."""
+
+import sys
+
+from .command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the losses do in a whole model."""

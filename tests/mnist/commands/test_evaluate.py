@@ -1,0 +1,192 @@
+"""The command that tests a classifier: its numbers, its table, its JSON, and bad input."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers import ROOT, one_line
+from torch_softmax.mnist.checkpoints import Checkpoint, save_checkpoint
+from torch_softmax.mnist.commands import evaluate
+from torch_softmax.mnist.data import batch_loader, load_dataset
+from torch_softmax.mnist.settings import DEFAULTS
+from torch_softmax.mnist.training import evaluate as score
+from torch_softmax.mnist.training import train_epoch
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits", "nowhere")
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """A run of one epoch, so that every class has some mistakes."""
+    checkpoint = Checkpoint.start(DEFAULTS["digits"], digits)
+    model = checkpoint.build_model()
+    train_epoch(model, batch_loader(digits.train, 100), checkpoint.settings, 0)
+    return replace(checkpoint, model=model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def run_dir(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(folder / "model.pt", trained)
+    return folder
+
+
+@pytest.fixture
+def never_8(trained, tmp_path):
+    """A run whose classifier never predicts the class 8."""
+    bias = trained.model["bias"].clone()
+    bias[8] = -100
+    save_checkpoint(tmp_path / "model.pt", replace(trained, model={**trained.model, "bias": bias}))
+    return tmp_path
+
+
+def run(run_dir, *arguments):
+    return evaluate.main([f"--checkpoint={run_dir}", *arguments])
+
+
+def run_json(capsys, run_dir, *arguments):
+    """The result of --json, by a parser that takes no nan."""
+    assert run(run_dir, "--json", *arguments) == 0
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    return json.loads(capsys.readouterr().out, parse_constant=refuse)
+
+
+# The numbers
+
+
+def test_accuracy_and_loss_are_those_of_the_training_loop(run_dir, trained, digits, capsys):
+    result = run_json(capsys, run_dir)
+    expected = score(trained.build_model(), batch_loader(digits.test, 1000))
+    assert result["accuracy"]["value"] == pytest.approx(expected.accuracy, rel=1e-12)
+    assert result["loss"]["value"] == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_each_class_has_its_images_and_rates(run_dir, trained, digits, capsys):
+    classes = run_json(capsys, run_dir)["classes"]
+    images, labels = digits.test[torch.arange(len(digits.test))]
+    told = trained.build_model().predict(images)
+    assert [row["class"] for row in classes] == list(range(10))
+    for k, row in enumerate(classes):
+        right = int(((told == k) & (labels == k)).sum())
+        assert row["images"] == int((labels == k).sum())
+        assert row["recall"]["value"] == pytest.approx(right / int((labels == k).sum()))
+        assert row["precision"]["value"] == pytest.approx(right / int((told == k).sum()))
+
+
+def test_every_number_lies_in_its_interval(run_dir, capsys):
+    result = run_json(capsys, run_dir)
+    estimates = [result[name] for name in ("accuracy", "loss", "expected_calibration_error")]
+    estimates += [row[name] for row in result["classes"] for name in evaluate.RATES]
+    assert len(estimates) == 33
+    assert all(e["low"] <= e["value"] <= e["high"] and e["low"] < e["high"] for e in estimates)
+
+
+def test_json_tells_how_the_intervals_were_made(run_dir, capsys):
+    result = run_json(capsys, run_dir)
+    assert result["dataset"] == "digits"
+    assert result["images"] == 355
+    assert result["calibration_bins"] == 15
+    assert result["interval"]["level"] == 0.95
+    names = result.keys() | result["classes"][0].keys()
+    assert result["interval"]["methods"].keys() <= names
+
+
+def test_the_same_numbers_each_time(run_dir, capsys):
+    assert run_json(capsys, run_dir) == run_json(capsys, run_dir)
+
+
+def test_what_is_undefined_is_null(never_8, capsys):
+    row = run_json(capsys, never_8)["classes"][8]
+    assert row["precision"] == {"value": None, "low": None, "high": None}
+    assert row["recall"]["value"] == 0
+    assert row["F1"]["value"] == 0
+
+
+# The table
+
+
+def test_the_table_has_the_numbers_of_the_json(run_dir, capsys):
+    result = run_json(capsys, run_dir)
+    run(run_dir)
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = (line for line in lines if line.startswith("accuracy"))
+    value, low, high = (100 * result["accuracy"][end] for end in ("value", "low", "high"))
+    assert first.split(maxsplit=2)[2].replace(" ", "") == f"{value:.2f}[{low:.2f},{high:.2f}]"
+    (row,) = (line for line in lines if line.startswith("3 "))
+    assert row.split()[:3] == ["3", "36", f"{100 * result['classes'][3]['precision']['value']:.1f}"]
+
+
+def test_lines_fit_in_80_columns(never_8, monkeypatch, capsys):
+    monkeypatch.chdir(never_8)
+    run("model.pt")
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 80
+
+
+def test_columns_stay_in_line_where_a_number_is_undefined(never_8, capsys):
+    run(never_8)
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = (line for line in lines if line.startswith("8 "))
+    (other,) = (line for line in lines if line.startswith("7 "))
+    assert "undefined" in row
+    assert row.index("undefined") + len("undefined") == other.index("]") + 1
+    assert len(row) == len(other)
+
+
+def test_as_a_command_of_its_own(run_dir):
+    command = [sys.executable, ROOT / "scripts" / "evaluate.py", "--checkpoint", run_dir]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{run_dir} on the 355 test images of digits\n")
+    assert done.stderr == ""
+
+
+# Bad input
+
+
+def test_a_data_set_of_another_size(run_dir, monkeypatch, capsys, digits):
+    wide = digits.test.images.repeat(1, 2)
+    other = replace_images(digits, wide)
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: other)
+    assert run(run_dir, "--dataset=mnist") == 1
+    assert one_line(capsys) == (
+        "evaluate.py: the checkpoint is of a model for 64 pixels, but mnist has 128"
+    )
+
+
+def replace_images(data, images):
+    """The same data set by the name of mnist, with other images."""
+    part = type(data.test)(images, data.test.labels, 16)
+    return data._replace(name="mnist", train=part, test=part)
+
+
+def test_no_data(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torchvision.datasets.KMNIST.mirrors", ["http://127.0.0.1:1/"])
+    assert run(run_dir, "--dataset=kmnist", f"--data-dir={tmp_path}") == 1
+    assert one_line(capsys).startswith("evaluate.py: KMNIST is not in ")
+
+
+def test_no_checkpoint(tmp_path, capsys):
+    assert run(tmp_path / "nowhere.pt") == 1
+    assert one_line(capsys).startswith(f"evaluate.py: {tmp_path / 'nowhere.pt'} can't be read")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --checkpoint"),
+        (["--checkpoint=x", "--dataset=cifar"], "argument --dataset: invalid choice: 'cifar'"),
+    ],
+)
+def test_a_bad_argument(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(arguments)
+    assert one_line(capsys).startswith(f"evaluate.py: {message}")

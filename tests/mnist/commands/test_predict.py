@@ -1,0 +1,232 @@
+"""The command that tells what is drawn: its chart, its JSON, folders, and files it can't use."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate, pad
+
+from tests.helpers import ROOT, one_line
+from torch_softmax.mnist.checkpoints import Checkpoint, save_checkpoint
+from torch_softmax.mnist.commands import predict
+from torch_softmax.mnist.data import batch_loader, load_dataset
+from torch_softmax.mnist.settings import DEFAULTS
+from torch_softmax.mnist.training import train_epoch
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits", "nowhere")
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """A run on the digits, short but good."""
+    settings = replace(DEFAULTS["digits"], epochs=20)
+    checkpoint = Checkpoint.start(settings, digits)
+    model = checkpoint.build_model()
+    batches = batch_loader(digits.train, settings.batch_size, torch.Generator().manual_seed(0))
+    for epoch in range(settings.epochs):
+        train_epoch(model, batches, settings, epoch)
+    return replace(checkpoint, model=model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def run_dir(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(folder / "model.pt", trained)
+    return folder
+
+
+def paper(pixels):
+    """A digit as dark ink on a sheet of light paper, several times as large."""
+    ink = interpolate(pixels.view(1, 1, 8, 8) / 16, scale_factor=12, mode="bilinear")[0, 0]
+    sheet = 230 - 180 * pad(ink, (30, 50, 40, 20))
+    return Image.fromarray(sheet.byte().numpy())
+
+
+@pytest.fixture
+def seven(digits, tmp_path):
+    path = tmp_path / "seven.png"
+    paper(digits.test.images[(digits.test.labels == 7).nonzero()[0]]).save(path)
+    return path
+
+
+@pytest.fixture
+def scans(digits, tmp_path):
+    """A folder of five pictures and some other files, and the labels in order of the names."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for i, name in enumerate(("b.png", "a.jpg", "C.PNG", "d.bmp", "e.webp")):
+        paper(digits.test.images[i]).save(folder / name)
+    (folder / "notes.txt").write_text("which pen, which paper")
+    (folder / ".hidden.png").write_text("of the file system")
+    (folder / "inner.png").mkdir()
+    order = ("C.PNG", "a.jpg", "b.png", "d.bmp", "e.webp")
+    return folder, order
+
+
+def run(run_dir, *arguments):
+    return predict.main([f"--checkpoint={run_dir}", *map(str, arguments)])
+
+
+def results(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+# What it prints
+
+
+def test_most_digits_are_told_as_well_as_in_the_data_set(run_dir, digits, tmp_path, capsys):
+    for i in range(100):
+        paper(digits.test.images[i]).save(tmp_path / f"{i:03}.png")
+    assert run(run_dir, tmp_path, "--json") == 0
+    told = torch.tensor([result["class"] for result in results(capsys)])
+    assert (told == digits.test.labels[:100]).double().mean() >= 0.9
+
+
+def test_the_class_and_a_bar_for_each_likely_class(run_dir, seven, capsys):
+    assert run(run_dir, seven) == 0
+    first, *bars = capsys.readouterr().out.splitlines()
+    assert first == f"{seven}: 7"
+    assert bars[0].split()[0] == "7"
+    assert bars[-1].split()[0] == "others"
+    shares = [float(bar.split()[1].rstrip("%")) for bar in bars]
+    assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
+    assert shares[:-1] == sorted(shares[:-1], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("probability", "line"),
+    [
+        (1.0, "       3  100.0%  " + 56 * "#"),
+        (0.5, "       3   50.0%  " + 28 * "#"),
+        (0.001, "       3    0.1%"),
+    ],
+)
+def test_a_bar_is_as_long_as_the_probability(probability, line):
+    assert predict.bar("3", probability) == line
+
+
+def test_lines_fit_in_80_columns(run_dir, seven, capsys):
+    run(run_dir, seven)
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines()[1:])
+
+
+def test_json_has_path_class_and_all_probabilities(run_dir, seven, capsys):
+    assert run(run_dir, "--json", seven) == 0
+    (result,) = results(capsys)
+    assert result["path"] == str(seven)
+    assert result["class"] == 7
+    assert len(result["probabilities"]) == 10
+    assert result["probabilities"][7] == max(result["probabilities"])
+    assert sum(result["probabilities"]) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_folder_is_its_pictures_in_order_of_their_names(run_dir, scans, capsys):
+    folder, order = scans
+    assert run(run_dir, "--json", folder) == 0
+    assert [result["path"] for result in results(capsys)] == [str(folder / name) for name in order]
+
+
+def test_files_and_folders_in_the_given_order(run_dir, scans, seven, capsys):
+    folder, order = scans
+    assert run(run_dir, "--json", seven, folder, seven) == 0
+    paths = [result["path"] for result in results(capsys)]
+    assert paths == [str(seven), *(str(folder / name) for name in order), str(seven)]
+
+
+def test_a_run_directory_or_its_checkpoint(run_dir, seven, capsys):
+    run(run_dir, seven)
+    run(run_dir / "model.pt", seven)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+
+
+def test_as_a_command_of_its_own(run_dir, seven):
+    command = [sys.executable, ROOT / "scripts" / "predict.py", "--checkpoint", run_dir, seven]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{seven}: 7\n")
+    assert done.stderr == ""
+
+
+# What it can't use
+
+
+@pytest.fixture
+def unusable(tmp_path):
+    """Paths that are no picture, and what is said of each."""
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (50, 50), 240).save(tmp_path / "blank.png")
+    return {
+        tmp_path / "text.png": "{path} is no image, or is damaged",
+        tmp_path / "blank.png": "{path}: nothing is drawn",
+        tmp_path / "missing.png": "{path} can't be read: No such file or directory",
+    }
+
+
+@pytest.mark.parametrize("name", ["text.png", "blank.png", "missing.png"])
+def test_a_line_for_what_is_no_picture(run_dir, unusable, tmp_path, capsys, name):
+    path = tmp_path / name
+    assert run(run_dir, path) == 1
+    assert one_line(capsys) == f"predict.py: {unusable[path].format(path=path)}"
+
+
+def test_the_other_pictures_are_told_all_the_same(run_dir, unusable, seven, capsys):
+    assert run(run_dir, *unusable, seven) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{seven}: 7")
+    assert len(err.splitlines()) == 3
+
+
+def test_json_tells_of_what_is_no_picture(run_dir, unusable, seven, capsys):
+    assert run(run_dir, "--json", *unusable, seven) == 1
+    *failed, told = results(capsys)
+    assert [result["error"] for result in failed] == [
+        line.format(path=path) for path, line in unusable.items()
+    ]
+    assert told["class"] == 7
+
+
+def test_a_damaged_picture_in_a_folder_is_told(run_dir, scans, capsys):
+    folder, _ = scans
+    (folder / "d.bmp").write_bytes(b"BM")
+    assert run(run_dir, folder) == 1
+    out, err = capsys.readouterr()
+    assert len([line for line in out.splitlines() if str(folder) in line]) == 4
+    assert err == f"predict.py: {folder / 'd.bmp'} is no image, or is damaged\n"
+
+
+def test_a_folder_without_pictures(run_dir, tmp_path, capsys):
+    assert run(run_dir, tmp_path) == 1
+    assert one_line(capsys) == f"predict.py: {tmp_path} holds no image"
+
+
+def test_no_checkpoint(tmp_path, seven, capsys):
+    assert run(tmp_path / "nowhere.pt", seven) == 1
+    assert one_line(capsys).startswith(f"predict.py: {tmp_path / 'nowhere.pt'} can't be read")
+
+
+def test_a_checkpoint_of_another_size(trained, tmp_path, seven, capsys):
+    save_checkpoint(tmp_path / "model.pt", replace(trained, dataset="mnist"))
+    assert run(tmp_path, seven) == 1
+    assert one_line(capsys) == (
+        "predict.py: the checkpoint is of a model for 64 pixels, but mnist has 784"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint=model.pt"], "the following arguments are required: IMAGE"),
+        (["image.png"], "the following arguments are required: --checkpoint"),
+    ],
+)
+def test_a_missing_argument(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        predict.main(arguments)
+    assert one_line(capsys) == f"predict.py: {message}"

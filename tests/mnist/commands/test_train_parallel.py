@@ -1,0 +1,134 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.distributed.world import World
+from tests.helpers import ROOT
+from torch_softmax import SoftmaxRegression
+from torch_softmax.distributed.data_parallel import Ranks, join_ranks
+from torch_softmax.mnist.checkpoints import load_checkpoint
+from torch_softmax.mnist.commands import train as train_mnist
+from torch_softmax.mnist.data import BatchIndices
+from torch_softmax.mnist.training import batch_update
+
+# 1,442 examples in batches of 67 leave a last one of 35, which two processes can't halve.
+SCRIPT = ROOT / "train_mnist.py"
+OPTIONS = ["--dataset", "digits", "--epochs", "2", "--batch-size", "67", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """A run directory that torchrun's two processes have written, and what they have printed."""
+    directory = tmp_path_factory.mktemp("two")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = [SCRIPT, *OPTIONS, "--output-dir", directory]
+    command = [*torchrun, "--nproc-per-node", "2", *script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return directory, result.stdout
+
+
+def test_two_processes_train_the_weights_of_one(two_processes, tmp_path):
+    assert train_mnist.main([*OPTIONS, "--output-dir", str(tmp_path)]) == 0
+    alone, together = load_checkpoint(tmp_path), load_checkpoint(two_processes[0])
+    for name, weight in alone.model.items():
+        torch.testing.assert_close(together.model[name], weight, rtol=0, atol=1e-6)
+    assert [e["accuracy"] for e in together.history] == [e["accuracy"] for e in alone.history]
+
+
+def test_only_the_first_process_reports(two_processes):
+    directory, printed = two_processes
+    assert printed.count("test accuracy") == 1
+    assert printed.count("epoch 2/2") == 1
+    assert sorted(path.name for path in directory.iterdir()) == ["metrics.json", "model.pt"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_the_parts_of_all_ranks_are_the_batches(size):
+    parts = []
+    for rank in range(size):
+        generator = torch.Generator().manual_seed(0)
+        parts.append(list(BatchIndices(20, 6, generator, Ranks(rank, size))))
+    whole = list(BatchIndices(20, 6, torch.Generator().manual_seed(0)))
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert sorted(torch.cat(shares).tolist()) == sorted(batch.tolist())
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_process_alone_joins_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_ranks(torch.device("cpu")) as ranks:
+        assert ranks == Ranks(0, 1)
+        assert not torch.distributed.is_initialized()
+
+
+def test_a_device_that_cannot_talk_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(ValueError, match="device must be cpu or cuda under torchrun, got 'mps'"),
+        join_ranks(torch.device("mps")),
+    ):
+        pass
+
+
+def test_one_rank_means_its_own_values():
+    model = SoftmaxRegression(2, 3)
+    values = list(model.parameters())
+    means = Ranks().mean(torch.tensor(4), *values)
+    assert all(mean is value for mean, value in zip(means, values, strict=True))
+
+
+FEATURES, CLASSES = 5, 4
+
+
+def batch(kind):
+    """A batch of 7 rows, which 2 and 3 ranks share unequally."""
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(7, FEATURES, generator=generator)
+    if kind == "probabilities":
+        return input, torch.rand(7, CLASSES, generator=generator).softmax(1)
+    target = torch.randint(CLASSES, (7,), generator=generator)
+    if kind == "some ignored":
+        target[torch.tensor([0, 2, 4])] = -100  # of two ranks the first has all but one of these
+    if kind == "one left":
+        target[1:] = -100  # whatever the number of ranks, all but the first have none
+    return input, target
+
+
+def updated(ranks, kind):
+    """The loss and the parameters after an update with this rank's part of the batch."""
+    torch.manual_seed(1)
+    model = SoftmaxRegression(FEATURES, CLASSES)
+    part = ranks.part(torch.arange(7))
+    input, target = batch(kind)
+    loss = batch_update(model, input[part], target[part], lr=0.5, weight_decay=0.1, ranks=ranks)
+    return [loss, *(parameter.detach() for parameter in model.parameters())]
+
+
+def updated_on_rank(mesh, kind):
+    return updated(Ranks(mesh.get_rank(), mesh.size()), kind)
+
+
+@pytest.fixture(scope="module", params=[2, 3, 8], ids="{}ranks".format)
+def world(request):
+    with World(request.param) as world:
+        yield world
+
+
+@pytest.mark.parametrize("kind", ["labels", "some ignored", "one left", "probabilities"])
+def test_the_ranks_take_the_step_of_one_process(world, kind):
+    expected = updated(Ranks(), kind)
+    for result in world.run(updated_on_rank, kind):
+        for value, of_one in zip(result, expected, strict=True):
+            torch.testing.assert_close(value, of_one, rtol=0, atol=1e-6)
+
+
+def totals_on_rank(mesh):
+    return Ranks(mesh.get_rank(), mesh.size()).total(mesh.get_rank(), torch.tensor(2), True)
+
+
+def test_counts_add_up_over_the_ranks(world):
+    size = world.size
+    assert world.run(totals_on_rank) == [[size * (size - 1) // 2, 2 * size, size]] * size

@@ -1,0 +1,310 @@
+"""Newton's method: its optimum, its steps, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.regression import CLASSES, WEIGHT_DECAY, probabilities
+from torch_softmax import SoftmaxRegression
+from torch_softmax.optim import newton
+
+
+def new_model(dtype=torch.float64, features=64, **options):
+    return SoftmaxRegression(features, CLASSES, dtype=dtype, **options)
+
+
+def objective(model, input, target, weight_decay):
+    """The mean loss with the penalty, by torch's own layer and loss."""
+    loss = F.cross_entropy(F.linear(input, model.weight, model.bias), target)
+    return loss + 0.5 * weight_decay * model.weight.square().sum()
+
+
+def gradient_norm(model, input, target, weight_decay):
+    value = objective(model, input, target, weight_decay)
+    gradients = torch.autograd.grad(value, tuple(model.parameters()))
+    return float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+
+
+def assert_same_parameters(actual, expected, **tolerances):
+    for a, e in zip(actual.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, e, **tolerances)
+
+
+# The optimum
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weight_decay", [1e-4, 0.1])
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-11])
+def test_gradient_is_below_the_tolerance(examples, tolerance, weight_decay, bias):
+    model = new_model(bias=bias)
+    result = newton.minimize(model, *examples, weight_decay, tolerance=tolerance)
+    assert result.converged
+    assert gradient_norm(model, *examples, weight_decay) <= tolerance
+
+
+def test_gradient_of_float32_is_below_the_tolerance(examples):
+    input, target = examples
+    model = new_model(torch.float32)
+    assert newton.minimize(model, input.float(), target, WEIGHT_DECAY).converged
+    assert gradient_norm(model.double(), input, target, WEIGHT_DECAY) <= 1e-4
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, WEIGHT_DECAY])
+def test_result_is_that_of_the_model(examples, weight_decay):
+    model = new_model()
+    result = newton.minimize(model, *examples, weight_decay, tolerance=0.01)
+    assert result.objective == pytest.approx(
+        objective(model, *examples, weight_decay).item(), rel=1e-12
+    )
+    assert result.gradient_norm == pytest.approx(
+        gradient_norm(model, *examples, weight_decay), rel=1e-9
+    )
+
+
+def test_agrees_with_scikit_learn(digits, examples):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    input, target = examples
+    C = 1 / (WEIGHT_DECAY * len(target))
+    theirs = linear_model.LogisticRegression(C=C, tol=1e-10, max_iter=10_000)
+    theirs.fit(input.numpy(), target.numpy())
+    ours = new_model()
+    newton.minimize(ours, input, target, WEIGHT_DECAY, tolerance=1e-8)
+
+    test_input = digits.test.images.double() / digits.test.max_pixel
+    probability = torch.from_numpy(theirs.predict_proba(test_input.numpy()))
+    torch.testing.assert_close(ours.predict_proba(test_input), probability, rtol=0, atol=1e-5)
+    assert torch.equal(ours.predict(test_input), probability.argmax(1))
+
+
+def test_start_does_not_matter(examples):
+    first, second = new_model(), new_model()
+    with torch.no_grad():
+        second.weight.mul_(100)  # the loss starts at 17
+        second.bias.add_(5)
+    for model in (first, second):
+        newton.minimize(model, *examples, WEIGHT_DECAY, tolerance=1e-10)
+    assert_same_parameters(second, first, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, WEIGHT_DECAY])
+def test_a_start_without_any_curvature(examples, weight_decay):
+    model = new_model()
+    with torch.no_grad():
+        model.weight.normal_().mul_(1e5)  # S is one-hot, and mostly of a wrong class
+    assert newton.minimize(model, *examples, weight_decay).converged
+
+
+def test_what_all_classes_share_is_taken_off(examples):
+    model = new_model()
+    newton.minimize(model, *examples, WEIGHT_DECAY)
+    for parameter in model.parameters():
+        shared = parameter.detach().mean(0)
+        torch.testing.assert_close(shared, torch.zeros_like(shared), rtol=0, atol=1e-12)
+
+
+def test_nothing_is_done_at_the_optimum(examples):
+    model = new_model()
+    newton.minimize(model, *examples, WEIGHT_DECAY)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    result = newton.minimize(model, *examples, WEIGHT_DECAY, tolerance=2e-4, report=pytest.fail)
+    assert result.converged
+    assert (result.steps, result.products) == (0, 0)
+    for parameter, expected in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-12)
+
+
+def test_one_class_has_nothing_to_learn():
+    model = SoftmaxRegression(3, 1)
+    result = newton.minimize(model, torch.randn(5, 3), torch.zeros(5, dtype=torch.long), 0.1)
+    assert result == newton.Result(0.0, 0.0, 0.0, 0, 0, True)
+
+
+# The data
+
+
+def test_input_need_not_be_contiguous(examples):
+    input, target = examples
+    straight, turned = new_model(), new_model()
+    turned.load_state_dict(straight.state_dict())
+    newton.minimize(straight, input, target, WEIGHT_DECAY)
+    newton.minimize(turned, input.t().contiguous().t(), target, WEIGHT_DECAY)
+    assert_same_parameters(turned, straight, rtol=0, atol=0)
+
+
+def test_leading_dimensions_are_examples(examples):
+    input, target = examples
+    flat, folded = new_model(), new_model()
+    folded.load_state_dict(flat.state_dict())
+    newton.minimize(flat, input, target, WEIGHT_DECAY)
+    newton.minimize(folded, input.view(2, -1, 64), target.view(2, -1), WEIGHT_DECAY)
+    assert_same_parameters(folded, flat, rtol=0, atol=0)
+
+
+def test_one_hot_probabilities_are_class_indices(examples):
+    input, target = examples
+    by_index, by_probability = new_model(), new_model()
+    one_hot = F.one_hot(target, CLASSES).double()
+    newton.minimize(by_index, input, target, WEIGHT_DECAY, tolerance=1e-10)
+    newton.minimize(by_probability, input, one_hot, WEIGHT_DECAY, tolerance=1e-10)
+    assert_same_parameters(by_probability, by_index, rtol=0, atol=1e-6)
+
+
+def test_probabilities_of_any_sum(examples):
+    input, target = examples
+    model, p = new_model(), probabilities(target)
+    assert newton.minimize(model, input, p, WEIGHT_DECAY, tolerance=1e-8).converged
+    assert gradient_norm(model, input, p, WEIGHT_DECAY) <= 1e-8
+
+
+def test_an_ignored_example_is_left_out(examples):
+    input, target = examples
+    some = target.clone()
+    some[::3] = newton.IGNORED
+    model = new_model()
+    newton.minimize(model, input, some, WEIGHT_DECAY, tolerance=1e-8)
+    assert gradient_norm(model, input, some, WEIGHT_DECAY) <= 1e-8
+
+
+def test_a_class_without_examples_is_never_predicted(examples):
+    input, target = examples
+    absent = target == 3
+    model = new_model()
+    assert newton.minimize(model, input[~absent], target[~absent], WEIGHT_DECAY).converged
+    assert not (model.predict(input) == 3).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-30])
+def test_separable_classes_without_a_penalty(dtype, tolerance):
+    # f has no minimum: it falls towards 0 as the weight grows without end.
+    input = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]], dtype=dtype)
+    target = torch.tensor([0, 0, 1, 1])
+    model = SoftmaxRegression(1, 2, dtype=dtype)
+    result = newton.minimize(model, input, target, 0.0, tolerance=tolerance)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert result.converged == (gradient_norm(model, input, target, 0.0) <= tolerance)
+    assert result.objective < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_features_that_depend_on_one_another_without_a_penalty(examples, scale):
+    # The matrix of the preconditioner would be singular.
+    input, target = examples
+    input = (torch.cat([input, input, torch.zeros(len(input), 2)], 1) * scale).float()
+    target = torch.randint(CLASSES, target.shape)  # can't be told apart
+    model = new_model(torch.float32, features=130)
+    assert newton.minimize(model, input, target, 0.0, tolerance=1e-3 * scale).converged
+
+
+# Steps
+
+
+def test_every_step_is_reported_and_descends(examples):
+    model = new_model()
+    reported, actual = [], []
+
+    def report(result):
+        reported.append(result)
+        actual.append(objective(model, *examples, WEIGHT_DECAY).item())
+
+    start = objective(model, *examples, WEIGHT_DECAY).item()
+    result = newton.minimize(model, *examples, WEIGHT_DECAY, report=report)
+    assert reported[-1] == result
+    assert [r.steps for r in reported] == list(range(1, result.steps + 1))
+    assert [r.objective for r in reported] == pytest.approx(actual, rel=1e-12)
+    assert [start, *actual] == sorted([start, *actual], reverse=True)
+
+
+@pytest.mark.parametrize("max_steps", [1, 3])
+def test_max_steps_end_it_without_convergence(examples, max_steps):
+    model = new_model()
+    result = newton.minimize(model, *examples, WEIGHT_DECAY, tolerance=1e-8, max_steps=max_steps)
+    assert (result.steps, result.converged) == (max_steps, False)
+    assert result.gradient_norm > 1e-8
+
+
+def test_a_tolerance_below_rounding_is_never_claimed(examples):
+    input, target = examples
+    model = new_model(torch.float32)
+    result = newton.minimize(
+        model, input.float(), target, WEIGHT_DECAY, tolerance=1e-12, max_steps=20
+    )
+    assert not result.converged
+
+
+def test_memory_of_the_step_before_saves_products(examples, monkeypatch):
+    model, forgetful = new_model(), new_model()
+    forgetful.load_state_dict(model.state_dict())
+    result = newton.minimize(model, *examples, WEIGHT_DECAY)
+    solve = newton.solve
+    monkeypatch.setattr(newton, "solve", lambda *args: solve(*args)._replace(known=None))
+    assert result.products < newton.minimize(forgetful, *examples, WEIGHT_DECAY).products
+
+
+def test_a_step_that_goes_too_far_is_shortened(problem):
+    f, v, *_ = problem
+    point = f.at(v)
+    below = newton._descend(f, point, -1000 * point.gradient)
+    assert below.value < point.value
+
+
+def test_no_step_goes_uphill(problem):
+    f, v, *_ = problem
+    point = f.at(v)
+    assert newton._descend(f, point, 1e-9 * point.gradient) is None
+
+
+def test_it_ends_unconverged_where_nothing_descends(examples, monkeypatch):
+    tried = []
+    monkeypatch.setattr(newton, "_descend", lambda *arguments: tried.append(arguments))
+    result = newton.minimize(new_model(), *examples, WEIGHT_DECAY, report=pytest.fail)
+    assert len(tried) == 1
+    assert (result.steps, result.converged) == (0, False)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("weight_decay", -0.1, ValueError),
+        ("weight_decay", math.nan, ValueError),
+        ("weight_decay", math.inf, ValueError),
+        ("tolerance", 0.0, ValueError),
+        ("tolerance", math.inf, ValueError),
+        ("max_steps", 0, ValueError),
+        ("max_steps", 2.0, TypeError),
+        ("input", torch.zeros(4, 5, dtype=torch.float64), ValueError),
+        ("input", torch.zeros(4, 64), TypeError),
+        ("input", torch.zeros(4, 64, dtype=torch.uint8), TypeError),
+        ("input", torch.full((4, 64), math.nan, dtype=torch.float64), ValueError),
+        ("target", torch.tensor([0, 1, 2]), ValueError),
+        ("target", torch.tensor([0, 1, 2, CLASSES]), ValueError),
+        ("target", torch.full((4, CLASSES), -1.0), ValueError),
+    ],
+)
+def test_an_unfit_argument_is_named(name, value, error):
+    arguments = {
+        "input": torch.zeros(4, 64, dtype=torch.float64),
+        "target": torch.tensor([0, 1, 2, 3]),
+        "weight_decay": 0.1,
+    }
+    with pytest.raises(error, match=rf"\b{name}\b.* must "):
+        newton.minimize(new_model(), **{**arguments, name: value})
+
+
+def test_half_precision_is_refused():
+    model = new_model(torch.bfloat16)
+    with pytest.raises(TypeError, match="model must have float32 or float64 parameters"):
+        newton.minimize(model, torch.zeros(1, 64).bfloat16(), torch.tensor([0]), 0.1)
+
+
+@pytest.mark.parametrize("target", [[], [newton.IGNORED]], ids=["none", "all ignored"])
+def test_no_example_is_refused(target):
+    input = torch.zeros(len(target), 64, dtype=torch.float64)
+    with pytest.raises(ValueError, match="at least one example"):
+        newton.minimize(new_model(), input, torch.tensor(target, dtype=torch.long), 0.1)

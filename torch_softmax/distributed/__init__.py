@@ -1,0 +1,1 @@
+"""More processes than one: classes sharded over a device mesh, rows shared by ranks."""

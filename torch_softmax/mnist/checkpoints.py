@@ -1,0 +1,209 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped, written in one step."""
+
+import io
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as checks
+from .._checks import UserError
+from .._files import write_atomically
+from ..modules import SoftmaxRegression
+from .data import TrainTest
+from .settings import Settings
+from .sources import DATASETS, NUM_CLASSES
+from .training import Score, Tally
+
+CHECKPOINT_NAME = "model.pt"  # in a run directory
+
+
+class CheckpointError(UserError):
+    """A checkpoint that can't be used; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run at the end of an epoch, or where it was interrupted within the next one.
+
+    Args:
+        model: The state_dict on the CPU: `weight` of shape (K, D) and `bias` of shape (K,).
+        settings: Those of the run.
+        dataset: The name of the data set.
+        epoch: The number of epochs done.
+        history: `loss`, `accuracy` and `seconds` of each of these epochs.
+        generator_state: uint8, of the generator that shuffles, at the end of these epochs.
+        tally: Of the batches done since then.
+
+    Raises:
+        ValueError: They don't fit together.
+
+    Example:
+        >>> from torch_softmax.mnist.data import load_dataset
+        >>> checkpoint = Checkpoint.start(Settings(epochs=5), load_dataset("digits", "data"))
+        >>> checkpoint.epoch, checkpoint.build_model()
+        (0, SoftmaxRegression(in_features=64, out_features=10, bias=True))
+    """
+
+    model: dict[str, Tensor]
+    settings: Settings
+    dataset: str
+    epoch: int
+    history: list[dict[str, float]]
+    generator_state: Tensor
+    tally: Tally = field(default_factory=Tally)
+
+    def __post_init__(self) -> None:
+        checks.one_of("dataset", self.dataset, DATASETS[1:])
+        classes = len(self.model["weight"])
+        if classes != NUM_CLASSES:
+            raise ValueError(
+                f"model must have {NUM_CLASSES} classes, as {self.dataset} has, got {classes}"
+            )
+        if len(self.history) != self.epoch:
+            raise ValueError(f"history must be of {self.epoch} epochs, got {len(self.history)}")
+        begun = self.epoch + (self.tally.batches > 0)
+        if begun > self.settings.epochs:
+            raise ValueError(
+                f"epochs must be at least {begun}, which are begun, got {self.settings.epochs}"
+            )
+
+    @classmethod
+    def start(cls, settings: Settings, data: TrainTest) -> "Checkpoint":
+        """Return the state before the first epoch on a data set."""
+        torch.manual_seed(settings.seed)
+        model = SoftmaxRegression(data.train.images.shape[1], NUM_CLASSES)
+        if settings.optimizer == "newton":
+            model.load_state_dict({k: v.new_zeros(v.shape) for k, v in model.state_dict().items()})
+        generator = torch.Generator().manual_seed(settings.seed)
+        return cls(_weights(model), settings, data.name, 0, [], generator.get_state())
+
+    def after_batches(self, model: SoftmaxRegression, tally: Tally) -> "Checkpoint":
+        """Return the state within an epoch, as its batches so far left the model."""
+        return replace(self, model=_weights(model), tally=tally.on_cpu())
+
+    def after_epoch(
+        self,
+        model: SoftmaxRegression,
+        score: Score,
+        seconds: float,
+        generator: torch.Generator | None = None,
+    ) -> "Checkpoint":
+        """Return the state at the end of an epoch.
+
+        Args:
+            model: As the epoch left it.
+            score: Of the epoch.
+            seconds: What it took.
+            generator: The one that shuffled it; None where nothing is shuffled.
+        """
+        so_far = self.generator_state
+        return replace(
+            self,
+            model=_weights(model),
+            epoch=self.epoch + 1,
+            history=[*self.history, {**score._asdict(), "seconds": seconds}],
+            generator_state=so_far if generator is None else generator.get_state(),
+            tally=Tally(),
+        )
+
+    def with_settings(self, **given: Any) -> "Checkpoint":
+        """Return the same run with given settings, which must be those that it has.
+
+        More epochs may be given where no schedule is stretched by them.
+
+        Raises:
+            ValueError: A setting is another one.
+        """
+        free = ("epochs",) if self.settings.schedule == "constant" else ()
+        for name, value in given.items():
+            so_far = getattr(self.settings, name)
+            if value != so_far and name not in free:
+                raise ValueError(f"{name} must be {so_far!r} as in the run so far, got {value!r}")
+        return replace(self, settings=replace(self.settings, **given))
+
+    def check_fits(self, data: TrainTest) -> None:
+        """Raise a CheckpointError unless the model is for images as large as a data set's."""
+        features = self.model["weight"].shape[1]
+        pixels = data.train.images.shape[1]
+        if features != pixels:
+            raise CheckpointError(
+                f"the checkpoint is of a model for {features} pixels, but {data.name} has {pixels}"
+            )
+
+    def build_model(self, device: torch.device | str = "cpu") -> SoftmaxRegression:
+        """Return the classifier with these weights, on a device and in evaluation mode."""
+        features = self.model["weight"].shape[1]
+        model = SoftmaxRegression(features, NUM_CLASSES, device=device)
+        model.load_state_dict(self.model)
+        return model.eval()
+
+
+def _weights(model: SoftmaxRegression) -> dict[str, Tensor]:
+    """A copy on the CPU, which later updates leave as it is."""
+    return {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint in one step, so that `torch.load(path, weights_only=True)` reads it.
+
+    Args:
+        path: The file, replaced once the new content is on the disk.
+        checkpoint: Becomes a dict with its fields as keys; settings and tally become dicts too.
+
+    Raises:
+        OSError: The file can't be written; what was there before stays.
+    """
+    buffer = io.BytesIO()  # so that a full disk shows as an OSError, not from within torch.save
+    torch.save(asdict(checkpoint), buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint and check that it is whole, without running any code that it holds.
+
+    Args:
+        path: The file, or the run directory in which it is `model.pt`.
+
+    Returns:
+        The checkpoint, with its tensors on the CPU.
+
+    Raises:
+        CheckpointError: There is none, or none that this program wrote.
+    """
+    if path.is_dir():
+        path = path / CHECKPOINT_NAME
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what ends as an error here anyway
+            return _from_dict(_unpack(path.read_bytes()))
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} can't be used: {error}") from error
+    except Exception as error:  # of many kinds, as the damage will have it
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint of this program; no code in it was run"
+        ) from error
+
+
+def _unpack(packed: bytes) -> dict[str, Any]:
+    """What torch.save wrote, once all of it has the checksums that torch.load does not look at."""
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        if (name := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{name} does not have its checksum")
+    content: dict[str, Any] = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
+    return content
+
+
+def _from_dict(content: dict[str, Any]) -> Checkpoint:
+    """The reverse of `asdict`."""
+    settings, tally = Settings(**content["settings"]), Tally(**content["tally"])
+    checkpoint = Checkpoint(**{**content, "settings": settings, "tally": tally})
+    checkpoint.build_model()
+    torch.Generator().set_state(checkpoint.generator_state)
+    return checkpoint

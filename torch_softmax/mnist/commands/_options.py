@@ -1,0 +1,41 @@
+"""The options that several of the commands have, with their defaults."""
+
+import argparse
+from pathlib import Path
+
+from ..sources import DATASETS
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add --dataset and --data-dir."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default="auto",
+        help="auto (the default) is mnist if it is on disk or can be downloaded, else digits, "
+        "which are part of the package",
+    )
+    add_data_dir_option(data)
+
+
+def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
+    """Add --data-dir."""
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where data sets lie or are downloaded to (default: %(default)s)",
+    )
+
+
+def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    """Add --checkpoint, for `load_checkpoint`."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a model.pt of train_mnist.py, or the run directory that holds it",
+    )

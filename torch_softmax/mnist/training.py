@@ -1,0 +1,197 @@
+"""The training loop, written out: batch update, epoch and evaluation."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import _checks as checks
+from .._checks import UserError
+from ..distributed.data_parallel import Ranks
+from ..modules import SoftmaxRegression
+from .settings import Settings
+
+ALONE = Ranks()
+REPORT_EVERY = 50  # batches; each report waits for the device to catch up
+
+
+class Batches(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):
+    """Batches of (input, target), with their number: a DataLoader or a list."""
+
+
+class Score(NamedTuple):
+    """The mean loss and the fraction of right predictions over some examples."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass
+class Tally:
+    """Sums over the batches done; they stay on their device until the score is asked for.
+
+    Args:
+        batches, examples: How many were counted.
+        loss_sum: Over these examples.
+        right: How many of them were predicted right.
+        seconds: What the batches took.
+    """
+
+    batches: int = 0
+    examples: int = 0
+    loss_sum: Tensor | float = 0.0
+    right: Tensor | int = 0
+    seconds: float = 0.0
+
+    def add(self, mean_loss: Tensor, right: Tensor | int, examples: Tensor | int) -> None:
+        """Count a batch."""
+        self.batches += 1
+        self.examples += int(examples)
+        self.loss_sum = self.loss_sum + mean_loss * examples
+        self.right = self.right + right
+
+    def score(self) -> Score:
+        """The score so far, of at least one batch."""
+        return Score(float(self.loss_sum) / self.examples, int(self.right) / self.examples)
+
+    def on_cpu(self) -> "Tally":
+        """The same sums as plain numbers, which lose nothing."""
+        return replace(self, loss_sum=float(self.loss_sum), right=int(self.right))
+
+
+class DivergenceError(UserError):
+    """Training that left the finite numbers; the message says what to lower."""
+
+
+def batch_update(
+    model: SoftmaxRegression,
+    input: Tensor,
+    target: Tensor,
+    lr: float,
+    weight_decay: float = 0.0,
+    ranks: Ranks = ALONE,
+) -> Tensor:
+    """Take one step of gradient descent on the mean loss of a batch, in place.
+
+    w ← w − α (1/B Σ_i (S(z_i) − y_i) x_iᵀ + λ w),  b ← b − α 1/B Σ_i (S(z_i) − y_i)
+
+    Args:
+        model: Its weight w and bias b are updated; the bias does not decay.
+        input: x, floating point of shape (B, in_features).
+        target: y, int64 class indices of shape (B,) or probabilities of shape (B, num_classes).
+        lr: α, at least 0.
+        weight_decay: λ, at least 0.
+        ranks: The processes that share the batch, of which each has its part in x and y: they take
+            the step for the whole batch together, a mean over all targets that are not ignored.
+
+    Returns:
+        The mean loss before the step, without a gradient and not yet waited for.
+
+    Raises:
+        ValueError: Lr or weight_decay is negative or not finite.
+
+    Example:
+        >>> model = SoftmaxRegression(2, 3)
+        >>> input, target = torch.eye(2), torch.tensor([0, 2])
+        >>> before = batch_update(model, input, target, lr=0.5)
+        >>> bool(model.loss(input, target) < before)
+        True
+    """
+    checks.finite("lr", lr)
+    checks.finite("weight_decay", weight_decay)
+    parameters = tuple(model.parameters())
+    loss = model.loss(input, target)
+    gradients = torch.autograd.grad(loss, parameters)
+    with torch.no_grad():
+        loss, *averages = ranks.mean(_count(target), loss.detach(), *gradients)
+        for parameter, gradient in zip(parameters, averages, strict=True):
+            if parameter is model.weight and weight_decay > 0:
+                gradient = gradient.add(parameter, alpha=weight_decay)
+            parameter.sub_(gradient, alpha=lr)
+    return loss
+
+
+def _count(target: Tensor) -> Tensor:
+    """How many targets count in the mean loss."""
+    if target.is_floating_point():
+        return torch.tensor(len(target), device=target.device)
+    return (target != -100).sum()
+
+
+def train_epoch(
+    model: SoftmaxRegression,
+    batches: Batches,
+    settings: Settings,
+    epoch: int,
+    tally: Tally | None = None,
+    report: Callable[[Tally], None] = lambda tally: None,
+    stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
+) -> Score:
+    """Update the model with each batch in turn.
+
+    Args:
+        model: Is updated in place.
+        batches: (input, target) as `batch_update` takes them, on the model's device.
+        settings: The learning rate with its schedule, and the weight decay.
+        epoch: The number of epochs done before this one.
+        tally: Counts the batches, in place; those that it has counted already are left out.
+        report: Is called with the tally now and then, and after the last batch.
+        stop: Is asked after each batch whether to leave the rest for later; the ranks do so
+            together.
+        ranks: The processes that share each batch, of which `batches` has this one's part.
+
+    Returns:
+        The score of each batch just before its update, over all that the tally has counted.
+
+    Raises:
+        ValueError: The tally has counted as many batches as there are.
+        DivergenceError: The loss or a weight is no longer finite.
+    """
+    tally = tally or Tally()
+    if tally.batches >= len(batches):
+        raise ValueError(f"tally must be of less than {len(batches)} batches, got {tally.batches}")
+    start = time.perf_counter()
+    for input, target in islice(batches, tally.batches, None):
+        lr = settings.learning_rate(epoch + tally.batches / len(batches))
+        with torch.no_grad():
+            hits = (model.predict(input) == target).sum()
+        loss = batch_update(model, input, target, lr, settings.weight_decay, ranks)
+        tally.add(loss, *ranks.total(hits, len(target)))
+        if (tally.batches - 1) % REPORT_EVERY == 0 or tally.batches == len(batches):
+            _finite(tally.score(), settings)
+            report(tally)
+        if any(ranks.total(stop())):
+            break
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise _diverged("a weight", settings)
+    score = _finite(tally.score(), settings)
+    tally.seconds += time.perf_counter() - start
+    return score
+
+
+def _finite(score: Score, settings: Settings) -> Score:
+    if not math.isfinite(score.loss):
+        raise _diverged("the loss", settings)
+    return score
+
+
+def _diverged(what: str, settings: Settings) -> DivergenceError:
+    return DivergenceError(
+        f"{what} is no longer a finite number: lower lr, which was {settings.lr}"
+    )
+
+
+@torch.no_grad()
+def evaluate(model: SoftmaxRegression, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
+    """Return the score of a model over batches of (input, target), all examples counting alike."""
+    tally = Tally()
+    for input, target in batches:
+        right = (model.predict(input) == target).sum()
+        tally.add(model.loss(input, target), right, len(target))
+    return tally.score()

@@ -1,0 +1,1 @@
+"""Optimizers that go to the optimum: Newton's method."""
