@@ -35,6 +35,7 @@ from .measure import (
 )
 from .mnist import mnist_epoch
 from .parallel import parallel
+from .roofline import roofline
 from .start import start
 
 Section = Callable[[Options], Iterator[Row | str]]
@@ -64,6 +65,7 @@ SECTIONS: dict[str, Section] = {
     "mnist-epoch": on_one_thread(mnist_epoch),
     "start": on_one_thread(start),
     "parallel": parallel,
+    "roofline": roofline,
 }
 
 

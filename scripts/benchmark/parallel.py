@@ -142,7 +142,7 @@ def estimate() -> Iterator[str]:
     """What a large head would take on several GPUs, by formulas and not measured."""
     N, D, K = HEAD
     share = K // RANKS
-    rows = default_chunk_size(share)
+    rows = default_chunk_size(share, D, torch.device("cuda"))
     ring = 2 * (RANKS - 1) / RANKS  # what an all-reduce sends, in sizes of the tensor
     flops = 3 * 2 * N * D * share
     sums, dx = 3 * N * 4, N * D * 4  # float32, also where the input is narrower

@@ -68,7 +68,8 @@ def sharded_cross_entropy(
         label_smoothing=options.label_smoothing,
         chunk_size=chunk_size,
     )
-    step = chunk_size or default_chunk_size(shard.step)
+    features = layer.linear_weight.shape[-1]
+    step = chunk_size or default_chunk_size(shard.step, features, layer.input.device)
     returned, how = dtypes_and_chunks(layer, target, options, step, shard.ranks)
     local = shard.layer(layer, dtype)
     terms = shard.terms(target, options, how.dtype)

@@ -25,7 +25,7 @@ _FEW_CLASSES = 32
 # Classes whose weights are widened at a time, where a device has no wide products.
 _WIDENED_CLASSES = 2**12
 # Whether this torch has products of half precision with float32 results, for devices that do.
-_HAS_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
+_HAS_WIDE_PRODUCTS = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 class Inputs(NamedTuple):
@@ -141,7 +141,7 @@ def _add_product_(total: Tensor, rows_by_class: Tensor, x: Tensor) -> None:
     """Add rows_by_classᵀ x to a total, in the dtype of the total."""
     a = rows_by_class.t()
     if total.dtype != x.dtype and x.is_cuda and _HAS_WIDE_PRODUCTS:
-        total += torch.mm(a, x, out_dtype=total.dtype)
+        torch.addmm(total, a, x, out_dtype=total.dtype, out=total)
     else:
         torch.addmm(total, cast(a, total.dtype), cast(x, total.dtype), out=total)
 
@@ -229,6 +229,8 @@ def numbers_and_gradients(
                     g = _put(z, block, gradient)
                 elif out.x is not None:
                     out.x[part] = gradient
+                del gradient
+            del wide, S  # before the next ones are made, as they may be as large as a chunk
         if W is not None and (wanted.x or wanted.W):
             g = cast(g, here.x.dtype)
             if out.x is not None:

@@ -28,11 +28,13 @@ class Layer(NamedTuple):
         return Layer(*(None if t is None else cast(t, dtype) for t in self))  # type: ignore[arg-type]
 
 
-def default_chunk_size(classes: int) -> int:
-    """The rows of a chunk: as many as give 2²⁴ logits, but at least 512."""
+def default_chunk_size(classes: int, features: int, device: torch.device) -> int:
+    """The rows of a chunk: of 2²⁴ logits on a CPU, but at least 512; else D, but at least 1024."""
     # Each chunk adds a product to ∂L/∂W, and goes over its K·D numbers for that: with fewer rows
     # than these the additions, and not the products, would set the pace.
-    return max(512, 2**24 // classes)
+    if device.type == "cpu":
+        return max(512, 2**24 // classes)
+    return max(1024, features)
 
 
 def linear_cross_entropy(
@@ -70,7 +72,8 @@ def dtypes_and_chunks(
     returned = options.dtype or loss_dtype(products, target, options.weight)
     logits = products if options.dtype is None else widest(products, options.dtype)
     dtype = accumulation_dtype(widest(logits, returned))
-    step = chunk_size or default_chunk_size(layer.linear_weight.shape[0])
+    classes, *_, features = layer.linear_weight.shape
+    step = chunk_size or default_chunk_size(classes, features, layer.input.device)
     return returned, How(step, dtype, logits, across)
 
 
