@@ -13,10 +13,11 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from torch_softmax._checks import UserError
 
@@ -115,6 +116,11 @@ class Problem(NamedTuple):
         """The inputs, of the same random numbers every time."""
         torch.manual_seed(SEED)
         return self.inputs(shape, place)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors among some arguments or results, however they are nested."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 class UnavailableError(Exception):

@@ -9,16 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from torch_softmax.functional import linear_cross_entropy
 from torch_softmax.losses.linear import default_chunk_size
 
-from .measure import MIB, SEED, Options, Place, Row, Shape
+from .measure import MIB, SEED, Options, Place, Row, Shape, tensors_in
 
 SECTION = "parallel"
 SHAPE, QUICK_SHAPE = Shape(2048, 256, 32768), Shape(256, 64, 4096)
@@ -53,7 +51,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, name = func._schema.name.split("::")
         if namespace == "c10d":
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            tensors = tensors_in(args)
             numel, nbytes = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
             self.sent.append(Message(name, numel, nbytes))
         return func(*args, **(kwargs or {}))

@@ -14,12 +14,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from torch_softmax.functional import linear_cross_entropy
 
-from .measure import MIB, Options, Place, Row, Shape
+from .measure import MIB, Options, Place, Row, Shape, tensors_in
 
 SECTION = "roofline"
 # Heads of language models, (rows of a step, width, vocabulary).
@@ -39,6 +38,10 @@ class Card(NamedTuple):
     bandwidth: float  # bytes a second
     launch: float  # seconds of a kernel that has nothing to do
 
+    def seconds(self, flops: float, traffic: float) -> float:
+        """What a kernel takes that does so many operations, and moves so many bytes."""
+        return max(flops / self.flops, traffic / self.bandwidth) + self.launch
+
 
 H100 = Card(flops=798e12, bandwidth=3.0e12, launch=4e-6)  # both rates were measured on one
 
@@ -55,16 +58,14 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        read = _tensors((args, {name: v for name, v in (kwargs or {}).items() if name != "out"}))
-        written = _tensors(result)
+        read = tensors_in((args, {name: v for name, v in (kwargs or {}).items() if name != "out"}))
+        written = tensors_in(result)
         self._hold(written)
         name = func._schema.name
         if written and not func.is_view:
             count = flop_registry.get(func._overloadpacket)
             flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
-            traffic = _traffic(name, read, written)
-            work = max(flops / self.card.flops, traffic / self.card.bandwidth)
-            self.seconds += work + self.card.launch
+            self.seconds += self.card.seconds(flops, _traffic(name, read, written))
         return result
 
     def _hold(self, tensors: list[Tensor]) -> None:
@@ -88,10 +89,6 @@ def _traffic(name: str, read: list[Tensor], written: list[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in (*read, *written))
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
 def predict(shape: Shape, card: Card = H100) -> tuple[float, int]:
     """The seconds of our mean loss with its gradients, and the bytes above its inputs and these."""
     with FakeTensorMode(), Trace(card) as trace:
@@ -107,7 +104,7 @@ def three_products(shape: Shape, card: Card = H100) -> float:
     """The seconds of x Wᵀ, z W and zᵀ x alone."""
     flops = 2 * shape.N * shape.D * shape.K
     numbers = shape.N * shape.D + shape.K * shape.D + shape.N * shape.K
-    return 3 * (max(flops / card.flops, 2 * numbers / card.bandwidth) + card.launch)
+    return 3 * card.seconds(flops, torch.bfloat16.itemsize * numbers)
 
 
 def roofline(options: Options) -> Iterator[Row | str]:

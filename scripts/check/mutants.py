@@ -37,10 +37,10 @@ class Mutant(NamedTuple):
     change: Callable[[Function], Function]
 
     @property
-    def module(self) -> str:
-        """The module that the function is defined in."""
-        name: str = getattr(self.owner, self.function).__module__
-        return name
+    def file(self) -> str:
+        """The file of the package that the function is defined in."""
+        _, *path = getattr(self.owner, self.function).__module__.split(".")
+        return "/".join(path) + ".py"
 
     def take_its_place(self) -> None:
         """Put it in the place of the function, wherever the package knows that by a name."""

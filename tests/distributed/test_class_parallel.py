@@ -42,12 +42,6 @@ def world(request):
         yield world
 
 
-@pytest.fixture(scope="module")
-def two():
-    with World(2) as world:
-        yield world
-
-
 # Uneven shards, and at three and four ranks empty ones.
 every_class_count = pytest.mark.parametrize("classes", [K, 2])
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

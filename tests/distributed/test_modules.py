@@ -28,12 +28,6 @@ def world(request):
 
 
 @pytest.fixture(scope="module")
-def two():
-    with World(2) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
 def three():
     with World(3) as world:
         yield world

@@ -289,6 +289,7 @@ def hessian_along(
                 h[block] = second.by_z
             if needs_g:
                 z[block] = formulas.gradient_(S, y, of_part)
+            del wide, S, point, change, second  # as above
         if W is not None and (wanted.x or wanted.W):
             g, h = cast(z, here.x.dtype), cast(h, here.x.dtype)
             if out.x is not None:

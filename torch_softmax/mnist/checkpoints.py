@@ -191,6 +191,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
+def run_directory(path: Path) -> Path:
+    """The run directory that a user names by itself, or by the checkpoint in it."""
+    return path.parent if path.name == CHECKPOINT_NAME else path
+
+
 def _unpack(packed: bytes) -> dict[str, Any]:
     """What torch.save wrote, once all of it has the checksums that torch.load does not look at."""
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:

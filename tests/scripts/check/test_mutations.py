@@ -67,7 +67,7 @@ def one_mutation(monkeypatch, tmp_path):
         (tmp_path / "tests" / "test_two.py").write_text(test)
         monkeypatch.setattr(check_mutations, "ROOT", tmp_path)
         monkeypatch.setattr(check_mutations, "TESTS", ())
-        monkeypatch.setattr(check_mutations, "TESTS_OF", {"__init__.py": "tests/test_two.py"})
+        monkeypatch.setattr(check_mutations, "TESTS_OF", {"__init__.py": ["tests/test_two.py"]})
         mutation = Text("another number", "__init__.py", "two = 2", new)
         monkeypatch.setattr(check_mutations, "MUTATIONS", [mutation])
 

@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
 from ... import SoftmaxRegression
+from ..._figures import GREY
 from .. import metrics
 from ..checkpoints import Checkpoint
 from ..data import ImageDataset
@@ -28,7 +29,7 @@ IMAGE = (WIDTH - 2 * MARGIN + GAP) / NUM_CLASSES - GAP
 IMAGE_BELOW_HEADING = 0.42
 MISTAKES = 2 * NUM_CLASSES
 
-GREY, LIGHT = "#666666", "#d8d8d8"
+LIGHT = "#d8d8d8"
 BLUE, ORANGE = "#005a8f", "#b34700"  # which the colour-blind tell apart
 PALE_BLUE, PALE_ORANGE = "#79b4d9", "#f2a878"
 SIGNED = LinearSegmentedColormap.from_list("", [BLUE, PALE_BLUE, "white", PALE_ORANGE, ORANGE])

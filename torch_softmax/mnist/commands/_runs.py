@@ -17,7 +17,13 @@ import torch
 from ... import __version__
 from ..._files import write_atomically
 from ...distributed.data_parallel import Ranks
-from ..checkpoints import CHECKPOINT_NAME, Checkpoint, load_checkpoint, save_checkpoint
+from ..checkpoints import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    load_checkpoint,
+    run_directory,
+    save_checkpoint,
+)
 from ..data import TrainTest, load_dataset
 from ..settings import DEFAULTS, OF_SGD, UNITS, Settings, newton_defaults
 from ..training import Score
@@ -56,8 +62,7 @@ def new_run(args: argparse.Namespace, ranks: Ranks) -> Run:
 
 def resumed_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Go on with a run; what is given must not contradict it."""
-    is_file = args.resume.name == CHECKPOINT_NAME
-    directory = args.resume.parent if is_file else args.resume
+    directory = run_directory(args.resume)
     checkpoint = load_checkpoint(directory / CHECKPOINT_NAME)
     if args.dataset not in ("auto", checkpoint.dataset):
         raise ValueError(

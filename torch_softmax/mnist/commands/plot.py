@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..._command_line import Parser, run_command
 from ..._figures import our_style, save
-from ..checkpoints import CHECKPOINT_NAME, load_checkpoint
+from ..checkpoints import CHECKPOINT_NAME, load_checkpoint, run_directory
 from ..data import load_dataset
 from ._options import add_data_dir_option
 
@@ -50,8 +50,7 @@ def plot(args: argparse.Namespace) -> None:
     """Draw the page about a run."""
     from ._page import draw_run
 
-    is_file = args.run_dir.name == CHECKPOINT_NAME
-    run_dir = args.run_dir.parent if is_file else args.run_dir
+    run_dir = run_directory(args.run_dir)
     checkpoint = load_checkpoint(run_dir / CHECKPOINT_NAME)
     data = load_dataset(checkpoint.dataset, args.data_dir)
     checkpoint.check_fits(data)
