@@ -104,9 +104,11 @@ def labels(value: Tensor, classes: int, ignore_index: int) -> bool:
         return False
     if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
         return True
-    value = value.long()
+    if value.dtype != torch.int64:  # aminmax knows few others
+        value = value.long()
     try:
-        low, high = (int(bound) for bound in value.aminmax())
+        lowest, highest = value.aminmax()
+        low, high = lowest.item(), highest.item()
     except RuntimeError:  # under vmap, indices have no single value
         return True
     if low >= 0 and high < classes:

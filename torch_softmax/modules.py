@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from . import _checks as checks
 from . import functional
-from .losses._targets import check_classes, options_of
+from .losses._small import Batch, loss_and_predicted_if_small
+from .losses._targets import NO_OPTIONS, check_classes, options_of
 
 
 class SoftmaxRegression(nn.Linear):
@@ -61,6 +62,28 @@ class SoftmaxRegression(nn.Linear):
         return functional.linear_cross_entropy(
             input, self.weight, target, linear_bias=self.bias, **options
         )
+
+    def loss_and_predicted(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss with the most probable class of each input, as `loss` and `predict` say.
+
+        A small batch on a CPU gets both from the same logits, without a second product.
+
+        Args:
+            input: (..., D).
+            target: Class indices (...) or probabilities (..., K).
+
+        Example:
+            >>> model = SoftmaxRegression(2, 3)
+            >>> loss, predicted = model.loss_and_predicted(torch.eye(2), torch.tensor([0, 2]))
+            >>> torch.equal(predicted, model.predict(torch.eye(2)))
+            True
+        """
+        batch = Batch(input, self.weight, self.bias, target)
+        if (both := loss_and_predicted_if_small(batch, NO_OPTIONS)) is not None:
+            return both
+        with torch.no_grad():
+            predicted = self.predict(input)
+        return self.loss(input, target), predicted
 
     def predict_proba(self, input: Tensor) -> Tensor:
         """The probability of each class, (..., K), for inputs (..., D)."""

@@ -21,9 +21,11 @@ SETTINGS = Settings(epochs=1, batch_size=128, lr=0.01, schedule="constant")
 QUICK_SIZE = 6000
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
 BARE = "no DataLoader, no autograd"
+BY_INDEX = "the same, batches cut by index"
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loop = Callable[[], nn.Linear]
+Fetch = Callable[[ImageDataset, Tensor], tuple[Tensor, Tensor]]
 
 
 def mnist_epoch(options: Options) -> Iterator[Row | str]:
@@ -66,7 +68,8 @@ def in_memory_loops(examples: ImageDataset) -> dict[str, Loop]:
     return {
         "tensors in memory": lambda: torch_loop(shuffled(tensors), features, device),
         "ours": lambda: our_loop(examples),
-        BARE: lambda: bare_loop(examples),
+        BY_INDEX: lambda: bare_loop(examples, cut_by_index),
+        BARE: lambda: bare_loop(examples, ImageDataset.__getitem__),
     }
 
 
@@ -107,13 +110,18 @@ def our_loop(examples: ImageDataset) -> nn.Linear:
     return model
 
 
+def cut_by_index(examples: ImageDataset, index: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch as most write it."""
+    return examples.images[index].float() / examples.max_pixel, examples.labels[index]
+
+
 @torch.no_grad()
-def bare_loop(examples: ImageDataset) -> nn.Linear:
+def bare_loop(examples: ImageDataset, fetch: Fetch) -> nn.Linear:
     """What can't be left out: fetch a batch, S − y, and the update."""
     model = new_model(examples.images.shape[1], examples.images.device)
     W, b = model.weight, model.bias
     for index in torch.randperm(len(examples)).split(SETTINGS.batch_size):
-        images, labels = examples[index]
+        images, labels = fetch(examples, index)
         S = torch.addmm(b, images, W.t()).softmax(1)
         S[torch.arange(len(labels)), labels] -= 1  # S − y
         step = SETTINGS.lr / len(labels)

@@ -19,6 +19,7 @@ from torch_softmax.losses import (
     _cross_entropy,
     _formulas,
     _objective,
+    _small,
     _sweeps,
     _targets,
 )
@@ -373,6 +374,20 @@ MUTANTS = [
         ),
     ),
     *mutants(
+        _small,
+        (
+            "small: forget the 1/B",
+            "_total",
+            lambda f: lambda count, dtype, reduction, predict: f(count, dtype, "sum", predict),
+        ),
+        ("small: skip the bias", "_logits", lambda f: lambda x, W, b: f(x, W, None)),
+        (
+            "small: forget the 1/B of second derivatives",
+            "_factors",
+            lambda f: lambda x, scale: None,
+        ),
+    ),
+    *mutants(
         _chunked,
         ("chunks: drop a ragged last one", "slices", no_ragged_chunk),
         (
@@ -408,7 +423,7 @@ MUTANTS = [
             "of",
             lambda f: (
                 lambda self, x, W, b: f(
-                    self, x, W, None if W is not None and len(W) <= _sweeps._FEW_CLASSES else b
+                    self, x, W, None if W is not None and len(W) <= _sweeps.FEW_CLASSES else b
                 )
             ),
         ),
@@ -417,7 +432,7 @@ MUTANTS = [
             "of",
             lambda f: (
                 lambda self, x, W, b: f(
-                    self, x, W, None if W is not None and len(W) > _sweeps._FEW_CLASSES else b
+                    self, x, W, None if W is not None and len(W) > _sweeps.FEW_CLASSES else b
                 )
             ),
         ),

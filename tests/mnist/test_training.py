@@ -64,11 +64,16 @@ def test_batch_update_is_the_closed_form_by_hand(model, size, weight_decay):
 
 def test_batch_update_returns_the_loss_before_it(model, batches):
     before = model.loss(*batches[0]).detach()
-    assert torch.equal(batch_update(model, *batches[0], lr=1.0), before)
+    assert torch.equal(batch_update(model, *batches[0], lr=1.0).loss, before)
+
+
+def test_batch_update_returns_the_classes_predicted_before_it(model, batches):
+    before = model.predict(batches[0][0])
+    assert torch.equal(batch_update(model, *batches[0], lr=1.0).predicted, before)
 
 
 def test_batch_update_leaves_no_graph_and_no_grad(model, batches):
-    loss = batch_update(model, *batches[0], lr=1.0)
+    loss, _ = batch_update(model, *batches[0], lr=1.0)
     assert not loss.requires_grad
     assert model.weight.grad is None
 
@@ -76,7 +81,7 @@ def test_batch_update_leaves_no_graph_and_no_grad(model, batches):
 def test_batch_update_without_a_bias(batches):
     model = SoftmaxRegression(FEATURES, CLASSES, bias=False, dtype=torch.float64)
     before = batch_update(model, *batches[0], lr=0.01)
-    assert model.loss(*batches[0]) < before
+    assert model.loss(*batches[0]) < before.loss
 
 
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])

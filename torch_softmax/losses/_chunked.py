@@ -9,7 +9,7 @@ and takes memory for one chunk.
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ._autograd import (
     Mask,
+    Sum,
     Tensors,
     chunked,
-    is_differentiated,
     is_plain,
     merge,
     scaled_,
@@ -158,6 +158,11 @@ class Plan:
             None if self.sweep is None else self.sweep.jvp(moved),
         )
 
+    def with_results(self, results: Tensors) -> "Plan":
+        """The same, with its results if all of them are known."""
+        known = tuple(result for result in results if result is not None)
+        return replace(self, known=known) if len(known) == len(results) else self
+
     def for_derivatives(self) -> "Plan":
         """The same without its results, which may be large."""
         return self if self.known is None else replace(self, known=None)
@@ -214,55 +219,35 @@ def in_a_loop(plan: Any, size: int, dims: tuple[int | None, ...], tensors: Tenso
 class Total:
     """The sum of a plan's results, each times a factor for its row, with gradients taken along.
 
-    It takes the plan's tensors, and then a factor (N,) for each result, of which None stands for
-    1. Gradients that were worked out beside the results go to the first backward that asks for
-    them, which owns them from then on; any further one works them out anew.
-
     Args:
         plan: Whose results all have rows.
-        taken: A list of the gradients, None for a tensor that needs none; emptied when they are
-            asked for.
+        run: The sum of some tensors, with the gradients by those that are wanted.
+        complete: The plan's tensors for these, and then a factor (N,) for each of its results, of
+            which None stands for 1.
     """
 
     plan: Plan
-    taken: list[Tensors] = field(default_factory=list)
+    run: Callable[[Tensors, Mask], Sum]
+    complete: Callable[[Tensors], Tensors]
 
-    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """The sum, a scalar."""
-        at, factors = _split(tensors, len(self.plan.rows_in))
-        return (sum_of_products(self.plan.run(*at), factors),)
-
-    def for_derivatives(self) -> "Total":
-        """Itself, with what was taken along."""
-        return self
-
-    def pull(self, tensors: Tensors, cotangents: Tensors, wanted: Mask) -> Tensors:
+    def pull(
+        self, tensors: Tensors, known: Tensors | None, upstream: Tensor, wanted: Mask
+    ) -> Tensors:
         """The gradients: those of the plan for its factors, and its results for the factors'."""
-        (upstream,) = cotangents
-        if upstream is None:
-            return (None,) * len(tensors)
-        at, factors = _split(tensors, len(self.plan.rows_in))
-        of_plan, of_factors = _split(wanted, len(at))
-        known = select(self.taken.pop(), of_plan) if self.taken else None
-        if known is not None and any(gradient is None for gradient in known):
-            known = None
-        if known is None or is_differentiated():
-            derivative = self.plan.vjp(of_plan, (True,) * len(factors))
-            known = chunked(replace(derivative, known=known), *tensors) if any(of_plan) else ()
-        gradients = iter(known)
-        results = chunked(self.plan, *at) if any(of_factors) else factors
-        return (
-            *(scaled_(next(gradients), upstream) if w else None for w in of_plan),
-            *(r * upstream if w else None for r, w in zip(results, of_factors, strict=True)),
+        every = self.complete(tensors)
+        masks = (*wanted, *(False,) * (len(every) - len(wanted)))
+        (at, _), (of_plan, of_factors), (by_plan, by_factors) = (
+            _split(values, len(self.plan.rows_in))
+            for values in (every, masks, known or (None,) * len(every))
         )
-
-    def push(self, tensors: Tensors, tangents: Tensors) -> Tensors:
-        """Nothing is taken along where forward mode is at work."""
-        raise NotImplementedError("forward mode needs the plan itself, got its sum")
-
-    def batch(self, size: int, dims: tuple[int | None, ...], tensors: Tensors) -> Tensors:
-        """Nothing is taken along where vmap is at work."""
-        raise NotImplementedError("vmap needs the plan itself, got its sum")
+        gradients: Tensors = ()
+        if any(of_plan):
+            derivative = self.plan.vjp(of_plan, (True,) * len(of_factors))
+            gradients = chunked(derivative.with_results(select(by_plan, of_plan)), *every)
+        if any(of_factors):
+            results = chunked(self.plan.with_results(by_factors), *at)
+            gradients = (*gradients, *select(results, of_factors))
+        return merge((None,) * len(wanted), wanted, scaled_(gradients, upstream))
 
 
 def sum_of_products(results: tuple[Tensor, ...], factors: Tensors) -> Tensor:

@@ -1,12 +1,21 @@
 """From inputs and options to a loss: what the losses of logits and of a linear layer share."""
 
-from dataclasses import replace
+import functools
 from math import nan
 
 import torch
 from torch import Tensor
 
-from ._autograd import chunked, is_plain, is_transformed, may_take_gradients
+from ._autograd import (
+    Mask,
+    Sum,
+    Tensors,
+    chunked,
+    is_plain,
+    is_transformed,
+    may_take_gradients,
+    taken_along,
+)
 from ._chunked import Total, sum_of_products
 from ._formulas import Factors, Numbers
 from ._operators import run_numbers, run_total
@@ -29,18 +38,30 @@ def numbers_of(inputs: Inputs, how: How) -> Numbers:
 def total_of(inputs: Inputs, factors: Factors, how: How) -> Tensor:
     """T = Σ_n s_n log_sum_n + t_n gap_n, with its gradients taken along where one will be asked."""
     wanted = Inputs(*(t is not None and t.requires_grad for t in inputs))
-    asked = any(wanted) and torch.is_grad_enabled() and all(map(is_plain, inputs))
-    if torch.compiler.is_compiling():
-        if asked and not is_transformed():
-            return run_total(inputs, factors, wanted, how)
-    elif asked and may_take_gradients():
-        with torch.no_grad():
-            numbers, gradients = numbers_and_gradients(inputs, factors, wanted, how)
-        assert numbers is not None
-        total = Total(replace(plan_of(how), known=numbers), [gradients])
-        (result,) = chunked(total, *inputs, *factors)
-        return result
+    if any(wanted) and torch.is_grad_enabled() and all(map(is_plain, inputs)):
+        if torch.compiler.is_compiling():
+            if not is_transformed():
+                return run_total(inputs, factors, wanted, how)
+        elif may_take_gradients():
+            (total,) = taken_along(_total_of(how), *inputs, *factors)
+            return total
     return sum_of_products(numbers_of(inputs, how), factors)
+
+
+@functools.lru_cache(maxsize=32)
+def _total_of(how: How) -> Total:
+    """T, a function of the inputs and their factors."""
+
+    def run(tensors: Tensors, wanted: Mask) -> Sum:
+        (*given, s, t), (*of_inputs, of_s, of_t) = tensors, wanted
+        inputs, factors = Inputs(*given), Factors(s, t)
+        numbers, by = numbers_and_gradients(inputs, factors, Inputs(*of_inputs), how)
+        assert numbers is not None
+        log_sum, gap = numbers
+        by_factors = (log_sum if of_s else None, gap if of_t else None)
+        return Sum(sum_of_products(numbers, factors), (*by, *by_factors))
+
+    return Total(plan_of(how), run, complete=lambda tensors: tensors)
 
 
 def loss_of(inputs: Inputs, terms: Terms, reduction: str, how: How) -> Tensor:

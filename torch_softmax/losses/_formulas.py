@@ -110,6 +110,8 @@ class Target(NamedTuple):
         """Take t y off a gradient (N, K), in place."""
         if self.is_dense():
             gradient -= times(self.push_forward(self.target.to(gradient.dtype)), t)
+        elif t is None and self.hot is None:
+            subtract_one_hot_(gradient, self.target, 1)
         else:
             label = self.target.unsqueeze(1)
             minus = gradient.new_full((1, 1), -1).expand_as(label)
@@ -119,6 +121,11 @@ class Target(NamedTuple):
         if self.floor is not None:
             gradient -= times(self.floor.expand_as(gradient), t)
         return gradient
+
+
+def subtract_one_hot_(gradient: Tensor, label: Tensor, dim: int) -> Tensor:
+    """Take 1 off a gradient at the label of each row (N,), in place; `dim` is that of classes."""
+    return gradient.scatter_(dim, label.unsqueeze(dim), -1, reduce="add")
 
 
 def softmax(z: Tensor, dim: int) -> Tensor:

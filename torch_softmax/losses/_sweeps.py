@@ -17,11 +17,11 @@ from ._dtypes import accumulation_dtype, cast
 from ._formulas import Across, Change, Factors, Numbers, Point, Target
 
 # Logits that fit a core's cache beside a few passes over them, measured on a CPU.
-_CACHED_LOGITS = 2**19
+CACHED_LOGITS = 2**19
 # On other devices few large kernels are better, in memory that stays below 2²⁶ logits.
 _LAUNCHED_LOGITS = 2**26
 # Up to this many classes, W xᵀ is a faster product than x Wᵀ.
-_FEW_CLASSES = 32
+FEW_CLASSES = 32
 # Classes whose weights are widened at a time, where a device has no wide products.
 _WIDENED_CLASSES = 2**12
 # Whether this torch has products of half precision with float32 results, for devices that do.
@@ -85,7 +85,7 @@ class How:
 def logits_step(z: Tensor) -> int:
     """The rows of given logits (N, K) to work out at a time."""
     on_cpu = z.device.type == "cpu"
-    return max(1, (_CACHED_LOGITS if on_cpu else _LAUNCHED_LOGITS) // max(1, z.shape[1]))
+    return max(1, (CACHED_LOGITS if on_cpu else _LAUNCHED_LOGITS) // max(1, z.shape[1]))
 
 
 # The loops.
@@ -100,7 +100,7 @@ class _Logits:
     def __init__(self, inputs: Inputs, how: How) -> None:
         self.how = how
         x, W = inputs.x, inputs.W
-        if W is not None and W.shape[0] > _FEW_CLASSES:
+        if W is not None and W.shape[0] > FEW_CLASSES:
             rows = min(how.step, x.shape[0])
             self.buffer: Tensor = x.new_empty(rows, W.shape[0], dtype=how.logits_dtype)
 
@@ -108,7 +108,7 @@ class _Logits:
         """The logits x Wᵀ + b (n, K), in the buffer where they are large; or x without a W."""
         if W is None:
             return x
-        if W.shape[0] <= _FEW_CLASSES:
+        if W.shape[0] <= FEW_CLASSES:
             W, x = cast(W, self.how.logits_dtype), cast(x, self.how.logits_dtype)
             b = None if b is None else cast(b, self.how.logits_dtype)
             return (W @ x.t() if b is None else torch.addmm(b.unsqueeze(1), W, x.t())).t()
@@ -119,7 +119,7 @@ class _Logits:
         # Several places wait for one another at every block: one is enough.
         if z.device.type != "cpu" or self.how.across is not None:
             return slices(z.shape[0], z.shape[0] or 1)
-        return slices(z.shape[0], max(1, _CACHED_LOGITS // max(1, z.shape[1])))
+        return slices(z.shape[0], max(1, CACHED_LOGITS // max(1, z.shape[1])))
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ class Options(NamedTuple):
     dtype: torch.dtype | None  # of logits, losses and sums; None for those of torch
 
 
+NO_OPTIONS = Options(None, -100, "mean", 0.0, None)  # torch's defaults
+
+
 def options_of(
     weight: Tensor | None,
     ignore_index: object,

@@ -17,8 +17,8 @@ def cross_entropy(input: Tensor, target: Tensor, options: Options) -> Tensor:
     if input.dim() == 0:
         raise ValueError("input must have a dimension of classes, got a scalar")
     class_dim = 0 if input.dim() == 1 else 1
-    logits = input.movedim(class_dim, -1)
-    *shape, classes = logits.shape
+    shape = list(input.shape)
+    classes = shape.pop(class_dim)
     check_classes(classes, options.weight)
     checks.target(target, tuple(shape), tuple(input.shape))
     if target.is_floating_point() and options.ignore_index >= 0:
@@ -27,8 +27,7 @@ def cross_entropy(input: Tensor, target: Tensor, options: Options) -> Tensor:
             f"got {options.ignore_index}"
         )
     may_ignore = checks.labels(target, classes, options.ignore_index)
-
-    z = logits.reshape(math.prod(shape), classes)
+    z = input.movedim(class_dim, -1).reshape(math.prod(shape), classes)
     p = target.movedim(class_dim, -1) if target.is_floating_point() else target
     returned = options.dtype or loss_dtype(input.dtype, target, options.weight)
     dtype = accumulation_dtype(widest(input.dtype, returned))

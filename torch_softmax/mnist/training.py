@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -64,6 +64,13 @@ class Tally:
         return replace(self, loss_sum=float(self.loss_sum), right=int(self.right))
 
 
+class Update(NamedTuple):
+    """What a batch's logits said before the update that they led to."""
+
+    loss: Tensor  # the mean, a scalar without a gradient
+    predicted: Tensor  # the class of each input, (B,)
+
+
 class DivergenceError(UserError):
     """Training that left the finite numbers; the message says what to lower."""
 
@@ -75,7 +82,7 @@ def batch_update(
     lr: float,
     weight_decay: float = 0.0,
     ranks: Ranks = ALONE,
-) -> Tensor:
+) -> Update:
     """Take one step of gradient descent on the mean loss of a batch, in place.
 
     w ← w − α (1/B Σ_i (S(z_i) − y_i) x_iᵀ + λ w),  b ← b − α 1/B Σ_i (S(z_i) − y_i)
@@ -90,7 +97,7 @@ def batch_update(
             the step for the whole batch together, a mean over all targets that are not ignored.
 
     Returns:
-        The mean loss before the step, without a gradient and not yet waited for.
+        The mean loss before the step and the classes predicted then, not yet waited for.
 
     Raises:
         ValueError: Lr or weight_decay is negative or not finite.
@@ -99,21 +106,23 @@ def batch_update(
         >>> model = SoftmaxRegression(2, 3)
         >>> input, target = torch.eye(2), torch.tensor([0, 2])
         >>> before = batch_update(model, input, target, lr=0.5)
-        >>> bool(model.loss(input, target) < before)
+        >>> bool(model.loss(input, target) < before.loss)
         True
     """
     checks.finite("lr", lr)
     checks.finite("weight_decay", weight_decay)
-    parameters = tuple(model.parameters())
-    loss = model.loss(input, target)
-    gradients = torch.autograd.grad(loss, parameters)
+    loss, predicted = model.loss_and_predicted(input, target)
+    parameters = [model.weight] if model.bias is None else [model.weight, model.bias]
+    gradients: Sequence[Tensor] = torch.autograd.grad(loss, parameters)
     with torch.no_grad():
-        loss, *averages = ranks.mean(_count(target), loss.detach(), *gradients)
-        for parameter, gradient in zip(parameters, averages, strict=True):
+        loss = loss.detach()
+        if ranks.size > 1:
+            loss, *gradients = ranks.mean(_count(target), loss, *gradients)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             if parameter is model.weight and weight_decay > 0:
                 gradient = gradient.add(parameter, alpha=weight_decay)
             parameter.sub_(gradient, alpha=lr)
-    return loss
+    return Update(loss, predicted)
 
 
 def _count(target: Tensor) -> Tensor:
@@ -159,10 +168,9 @@ def train_epoch(
     start = time.perf_counter()
     for input, target in islice(batches, tally.batches, None):
         lr = settings.learning_rate(epoch + tally.batches / len(batches))
-        with torch.no_grad():
-            hits = (model.predict(input) == target).sum()
-        loss = batch_update(model, input, target, lr, settings.weight_decay, ranks)
-        tally.add(loss, *ranks.total(hits, len(target)))
+        loss, predicted = batch_update(model, input, target, lr, settings.weight_decay, ranks)
+        right = (predicted == target).sum()
+        tally.add(loss, *ranks.total(right, len(target)))
         if (tally.batches - 1) % REPORT_EVERY == 0 or tally.batches == len(batches):
             _finite(tally.score(), settings)
             report(tally)
@@ -192,6 +200,6 @@ def evaluate(model: SoftmaxRegression, batches: Iterable[tuple[Tensor, Tensor]])
     """Return the score of a model over batches of (input, target), all examples counting alike."""
     tally = Tally()
     for input, target in batches:
-        right = (model.predict(input) == target).sum()
-        tally.add(model.loss(input, target), right, len(target))
+        loss, predicted = model.loss_and_predicted(input, target)
+        tally.add(loss, (predicted == target).sum(), len(target))
     return tally.score()

@@ -103,7 +103,7 @@ def updated(ranks, kind):
     model = SoftmaxRegression(FEATURES, CLASSES)
     part = ranks.part(torch.arange(7))
     input, target = batch(kind)
-    loss = batch_update(model, input[part], target[part], lr=0.5, weight_decay=0.1, ranks=ranks)
+    loss, _ = batch_update(model, input[part], target[part], lr=0.5, weight_decay=0.1, ranks=ranks)
     return [loss, *(parameter.detach() for parameter in model.parameters())]
 
 

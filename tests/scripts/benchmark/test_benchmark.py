@@ -17,7 +17,7 @@ from scripts.benchmark import measure as measuring
 from scripts.benchmark import mnist as mnist_loops
 from scripts.benchmark.losses import FORWARD, HVP, LINEAR, LOGITS, MNIST_STEP, dense, gradients
 from scripts.benchmark.measure import Options, Place, Row, Shape, UnavailableError, measure
-from scripts.benchmark.mnist import BARE
+from scripts.benchmark.mnist import BARE, BY_INDEX
 from tests.helpers import one_line
 from torch_softmax.mnist.data import ImageDataset, TrainTest
 
@@ -411,6 +411,7 @@ def test_an_epoch_of_each_loop(mnist, options):
         "ToTensor and Normalize for each image",
         "tensors in memory",
         "ours",
+        BY_INDEX,
         BARE,
     ]
     assert {(row.section, row.shape) for row in rows} == {("mnist-epoch", "100x12x10")}
@@ -431,7 +432,7 @@ def test_without_torchvisions_files_the_other_loops_go_on(mnist, options, monkey
     assert remark.endswith(
         "without torchvision's MNIST: fails with RuntimeError: Dataset not found."
     )
-    assert len(rows) == 3
+    assert len(rows) == 4
 
 
 def test_without_mnist_there_is_a_line(options, monkeypatch):
