@@ -15,12 +15,10 @@ from torch import Tensor
 from ._formulas import Factors
 from ._hessian import Examples, MeanHessian, cut
 from ._sweeps import How, Inputs, numbers_and_gradients
-from ._targets import Options, fold
+from ._targets import NO_OPTIONS, fold
 
 IGNORED = -100  # the class index that leaves an example out, torch's default
-_OPTIONS = Options(
-    weight=None, ignore_index=IGNORED, reduction="sum", label_smoothing=0, dtype=None
-)
+_OPTIONS = NO_OPTIONS._replace(ignore_index=IGNORED, reduction="sum")
 
 # Numbers of x to work out at a time, so that a CPU finds them in its cache for the second product.
 _CACHED_INPUT = 2**20

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _checks as checks
 from . import _formulas as formulas
 from ._autograd import Mask, Sum, Tensors, is_differentiated, may_take_gradients, taken_along
 from ._chunked import Total
@@ -52,6 +53,7 @@ def loss_and_predicted_if_small(batch: Batch, options: Options) -> tuple[Tensor,
 
 
 def _is_small(batch: Batch, options: Options) -> bool:
+    """Whether it is; raises where only a label that is out of range speaks against it."""
     if torch.compiler.is_compiling() or not _are_left_out(options) or is_autocast("cpu"):
         return False
     if is_differentiated() and not may_take_gradients():
@@ -59,9 +61,7 @@ def _is_small(batch: Batch, options: Options) -> bool:
     classes = _classes_if_they_fit(*batch)
     if classes is None:
         return False
-    lowest, highest = batch.label.aminmax()
-    low, high = lowest.item(), highest.item()
-    return low >= 0 and high < classes and not low <= options.ignore_index <= high
+    return not checks.labels(batch.label, classes, options.ignore_index)
 
 
 def _are_left_out(options: Options) -> bool:
