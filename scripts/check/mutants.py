@@ -133,8 +133,8 @@ def no_ragged_chunk(_: Function) -> Function:
 def last_chunk_alone(add_product: Function) -> Function:
     """Forget the sum over the chunks before."""
 
-    def mutant(total: torch.Tensor, rows_by_class: torch.Tensor, x: torch.Tensor) -> None:
-        add_product(total.zero_(), rows_by_class, x)
+    def mutant(total: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> None:
+        add_product(total.zero_(), g, x)
 
     return mutant
 
@@ -403,7 +403,7 @@ MUTANTS = [
     ),
     *mutants(
         _sweeps,
-        ("linear: ∂L/∂W of the last chunk alone", "_add_product_", last_chunk_alone),
+        ("linear: ∂L/∂W of the last chunk alone", "add_pulled_to_classes_", last_chunk_alone),
         (
             "linear Hessian: skip a change of x",
             "_change",

@@ -99,13 +99,13 @@ TEXTS = [
     Text(
         "linear Hessian: no uW g",
         "losses/_sweeps.py",
-        "torch.addmm(out.x[rows], g, uW, out=out.x[rows])",
+        "add_pulled_to_rows_(out.x[rows], g, uW)",
         "pass",
     ),
     Text(
         "linear Hessian: no g uxᵀ",
         "losses/_sweeps.py",
-        "_add_product_(out.W, g, moved)",
+        "add_pulled_to_classes_(out.W, g, moved)",
         "pass",
     ),
     Text(

@@ -642,6 +642,14 @@ def test_mixed_dtypes_are_worked_out_in_the_wider_one(narrow, half):
     )
 
 
+@pytest.fixture(params=["multiplied", "emulated"])
+def products_of_halves(request, monkeypatch):
+    """A CPU that has products in half precision, and one that has none."""
+    emulated = set(HALF) if request.param == "emulated" else set()
+    monkeypatch.setattr("torch_softmax.losses._products.EMULATED", emulated)
+
+
+@pytest.mark.usefixtures("products_of_halves")
 @pytest.mark.parametrize("half", HALF)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("bias", [False, True])

@@ -15,6 +15,14 @@ from . import _formulas as formulas
 from ._chunked import cut, slices
 from ._dtypes import accumulation_dtype, cast
 from ._formulas import Across, Change, Factors, Numbers, Point, Target
+from ._products import (
+    add_multiplied_,
+    add_pulled_to_classes_,
+    add_pulled_to_rows_,
+    multiplied_in,
+    multiply,
+    pull_to_rows,
+)
 
 # Logits that fit a core's cache beside a few passes over them, measured on a CPU.
 CACHED_LOGITS = 2**19
@@ -22,10 +30,6 @@ CACHED_LOGITS = 2**19
 _LAUNCHED_LOGITS = 2**26
 # Up to this many classes, W xᵀ is a faster product than x Wᵀ.
 FEW_CLASSES = 32
-# Classes whose weights are widened at a time, where a device has no wide products.
-_WIDENED_CLASSES = 2**12
-# Whether this torch has products of half precision with float32 results, for devices that do.
-_HAS_WIDE_PRODUCTS = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 class Inputs(NamedTuple):
@@ -112,7 +116,7 @@ class _Logits:
             W, x = cast(W, self.how.logits_dtype), cast(x, self.how.logits_dtype)
             b = None if b is None else cast(b, self.how.logits_dtype)
             return (W @ x.t() if b is None else torch.addmm(b.unsqueeze(1), W, x.t())).t()
-        return _multiply(x, W.t(), b, self.buffer[: x.shape[0]])
+        return multiply(x, W, b, self.buffer[: x.shape[0]])
 
     def blocks(self, z: Tensor) -> Iterator[slice]:
         """The rows of a chunk to go over at a time, so that a CPU finds them in its cache."""
@@ -120,30 +124,6 @@ class _Logits:
         if z.device.type != "cpu" or self.how.across is not None:
             return slices(z.shape[0], z.shape[0] or 1)
         return slices(z.shape[0], max(1, CACHED_LOGITS // max(1, z.shape[1])))
-
-
-def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Write the product a b + bias into `out`, in its dtype."""
-    if out.dtype == a.dtype:
-        if bias is None:
-            return torch.mm(a, b, out=out)
-        return torch.addmm(bias, a, b, out=out)
-    if a.is_cuda and _HAS_WIDE_PRODUCTS and out.dtype == torch.float32:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        wide = a.to(out.dtype)
-        for columns in slices(b.shape[1], _WIDENED_CLASSES):
-            torch.mm(wide, b[:, columns].to(out.dtype), out=out[:, columns])
-    return out if bias is None else out.add_(bias)
-
-
-def _add_product_(total: Tensor, rows_by_class: Tensor, x: Tensor) -> None:
-    """Add rows_by_classᵀ x to a total, in the dtype of the total."""
-    a = rows_by_class.t()
-    if total.dtype != x.dtype and x.is_cuda and _HAS_WIDE_PRODUCTS:
-        torch.addmm(total, a, x, out_dtype=total.dtype, out=total)
-    else:
-        torch.addmm(total, cast(a, total.dtype), cast(x, total.dtype), out=total)
 
 
 def _sums(inputs: Inputs, wanted: Inputs, dtype: torch.dtype) -> Inputs:
@@ -232,11 +212,11 @@ def numbers_and_gradients(
                 del gradient
             del wide, S  # before the next ones are made, as they may be as large as a chunk
         if W is not None and (wanted.x or wanted.W):
-            g = cast(g, here.x.dtype)
+            g = cast(g, multiplied_in(W.dtype, W.device))
             if out.x is not None:
-                torch.mm(g, W, out=out.x[rows])
+                pull_to_rows(g, W, out.x[rows])
             if out.W is not None:
-                _add_product_(out.W, g, here.x)
+                add_pulled_to_classes_(out.W, g, here.x)
         _leave_out_(out.x, here, rows)
     return numbers, _over_all_places(out, how)
 
@@ -291,15 +271,15 @@ def hessian_along(
                 z[block] = formulas.gradient_(S, y, of_part)
             del wide, S, point, change, second  # as above
         if W is not None and (wanted.x or wanted.W):
-            g, h = cast(z, here.x.dtype), cast(h, here.x.dtype)
+            g, h = (cast(t, multiplied_in(W.dtype, W.device)) for t in (z, h))
             if out.x is not None:
-                torch.mm(h, W, out=out.x[rows])
+                pull_to_rows(h, W, out.x[rows])
                 if uW is not None:
-                    torch.addmm(out.x[rows], g, uW, out=out.x[rows])
+                    add_pulled_to_rows_(out.x[rows], g, uW)
             if out.W is not None:
-                _add_product_(out.W, h, here.x)
+                add_pulled_to_classes_(out.W, h, here.x)
                 if moved is not None:
-                    _add_product_(out.W, g, moved)
+                    add_pulled_to_classes_(out.W, g, moved)
         _leave_out_(out.x, here, rows)
     assert slopes is not None
     return _over_all_places(out, how), slopes
@@ -314,7 +294,7 @@ def _change(changes: _Logits, here: Inputs, direction: Inputs) -> Tensor:
     if uW is not None:
         u = changes.of(here.x, uW, ub)
         if ux is not None:
-            u = torch.addmm(u, ux.to(u.dtype), here.W.t().to(u.dtype), out=u)
+            add_multiplied_(u, ux, here.W)
         return u
     if ux is not None:
         return changes.of(ux, here.W, ub)

@@ -11,6 +11,7 @@ from .. import _checks as checks
 from ._cross_entropy import loss_of
 from ._dtypes import accumulation_dtype, cast, loss_dtype, outside_autocast, product_dtype, widest
 from ._formulas import Across
+from ._products import multiplied_in
 from ._sweeps import How, Inputs
 from ._targets import Options, Terms, check_classes, fold
 from .logits import cross_entropy
@@ -70,7 +71,7 @@ def dtypes_and_chunks(
     """The dtype of the loss, and how its logits are worked out."""
     products = product_dtype(*layer)
     returned = options.dtype or loss_dtype(products, target, options.weight)
-    logits = products if options.dtype is None else widest(products, options.dtype)
+    logits = multiplied_in(widest(products, options.dtype), layer.input.device)
     dtype = accumulation_dtype(widest(logits, returned))
     classes, *_, features = layer.linear_weight.shape
     step = chunk_size or default_chunk_size(classes, features, layer.input.device)
