@@ -94,15 +94,17 @@ def target(
         shape("target", value, labels_shape, "for class indices")
 
 
-def labels(value: Tensor, classes: int, ignore_index: int) -> bool:
+def labels(value: Tensor, classes: int, ignore_index: int, *, wait: bool = False) -> bool:
     """Raise unless every class index lies in range; return whether some may be ignored.
 
-    That is looked at only where it can be seen without waiting, which is on a CPU, outside of a
-    compiler and of vmap. Elsewhere the kernels that gather by these indices check them.
+    That is looked at only where it can be seen without waiting for a device, unless asked to wait:
+    on a CPU, outside of a compiler and of vmap. Elsewhere the kernels that gather by these indices
+    check them.
     """
     if value.is_floating_point():
         return False
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
+    can_see = value.device.type == "cpu" or (wait and not value.is_meta)
+    if not can_see or torch.compiler.is_compiling() or value.numel() == 0:
         return True
     if value.dtype != torch.int64:  # aminmax knows few others
         value = value.long()
