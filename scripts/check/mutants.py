@@ -417,7 +417,7 @@ MUTANTS = [
         ("an ignored row that holds nan", "kept", lambda f: lambda inputs: inputs.x),
     ),
     *mutants(
-        _sweeps._Logits,
+        _sweeps.Logits,
         (
             "linear: skip the bias of few classes",
             "of",

@@ -87,8 +87,8 @@ TEXTS = [
     Text(
         "linear: S for S − y in ∂L/∂x and ∂L/∂W",
         "losses/_sweeps.py",
-        "g = _put(z, block, gradient)",
-        "g = _put(z, block, torch.softmax(wide, 1))",
+        "g = put(z, block, gradient)",
+        "g = put(z, block, torch.softmax(wide, 1))",
     ),
     Text(
         "linear: ∂L/∂x over that of the first chunk",
