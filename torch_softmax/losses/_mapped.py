@@ -1,12 +1,13 @@
 """A function of the logits of a few rows, as a plan for the logits of all.
 
-z = x Wᵀ + b goes to r = fn(z, rows, shared), a row at a time. With a cotangent c for each result
-and g = ∂(c · r)/∂z of the function alone, ∂/∂x = g W, ∂/∂W = gᵀ x and ∂/∂b = Σ_n g.
+z = x Wᵀ + b goes to r = fn(z, rows, shared), a row at a time; or several layers' logits do, each of
+its own x, W and b. With a cotangent c for each result and g = ∂(c · r)/∂z of the function alone,
+∂/∂x = g W, ∂/∂W = gᵀ x and ∂/∂b = Σ_n g.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +26,20 @@ from ._autograd import (
     select,
     taken_along,
 )
-from ._chunked import Plan, Total, cut, slices
+from ._chunked import Plan, Total, cut, slices, split, vjp
 from ._dtypes import accumulation_dtype, cast
 from ._products import add_pulled_to_classes_, multiplied_in, pull_to_rows
-from ._sweeps import How, Inputs, Logits, later, put
+from ._sweeps import How, Inputs, Logits, later, put, sums_of
 
-# The layer's own tensors: x, which has rows, and W and b, which all rows share.
+# A layer's own tensors: x, which has rows, and W and b, which all rows share.
 _OF_LAYER: Mask = (True, False, False)
+
+
+class Parts(NamedTuple):
+    """The tensors of a function of logits, or one thing for each of them."""
+
+    layers: list[tuple[Any, Any, Any]]  # x, W and b of each
+    others: tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,30 +47,37 @@ class RowFunction:
     """A function that takes logits to numbers for each row, with what it is told beside them.
 
     Args:
-        fn: The results (n, ...) for logits (n, K), the same rows of some tensors, and others whole.
+        fn: The results (n, ...) for the logits (n, K) of each layer, the same rows of some tensors,
+            and others whole.
+        layers: How many there are.
         rows_in: Which of the tensors after the logits have rows.
         results: How many there are.
-        dtype: That of the logits it is given.
-        how: How the logits are worked out.
+        how: How the logits are worked out. They are given in its dtype.
     """
 
     fn: Callable[..., tuple[Tensor, ...]]
+    layers: int
     rows_in: Mask
     results: int
-    dtype: torch.dtype
     how: How
 
-    def plan(self) -> Plan:
-        """The function of the layer and of the other tensors: this is the definition."""
+    def parts(self, values: Any) -> Parts:
+        """The tensors of the layers, and the others; or one thing for each of them."""
+        each = len(_OF_LAYER)
+        starts = range(0, self.layers * each, each)
+        layers: Any = [tuple(values[i : i + each]) for i in starts]
+        return Parts(layers, tuple(values[self.layers * each :]))
 
-        def fn(x: Tensor, W: Tensor, b: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
-            logits = self.how.logits_dtype
-            z = linear(cast(x, logits), cast(W, logits), None if b is None else cast(b, logits))
-            return self.fn(cast(z, self.dtype), *others)
+    def plan(self) -> Plan:
+        """The function of the layers and of the other tensors: this is the definition."""
+
+        def fn(*tensors: Any) -> tuple[Tensor, ...]:
+            layers, others = self.parts(tensors)
+            return self.fn(*(logits_of(*layer, self.how) for layer in layers), *others)
 
         return Plan(
             fn,
-            (*_OF_LAYER, *self.rows_in),
+            (*_OF_LAYER * self.layers, *self.rows_in),
             (True,) * self.results,
             self.how.step,
             _Values(self),
@@ -79,6 +94,13 @@ class RowFunction:
             return Sum(values.sum(), gradients)
 
         return Total(self.plan(), run, complete=lambda tensors: (*tensors, None))
+
+
+def logits_of(x: Tensor, W: Tensor, b: Tensor | None, how: How) -> Tensor:
+    """The logits of all rows of a layer."""
+    dtype = how.logits_dtype
+    z = linear(cast(x, dtype), cast(W, dtype), None if b is None else cast(b, dtype))
+    return cast(z, how.dtype)
 
 
 # The same as sweeps: logits in a buffer, and products that are added up where they belong.
@@ -125,38 +147,50 @@ class _Gradients:
         """None."""
 
 
-class _Rows:
-    """What a function is given of some rows, beside their logits."""
+class _Chunk(NamedTuple):
+    """Some rows, with the logits of each layer."""
 
-    def __init__(self, others: Tensors, rows_in: Mask) -> None:
-        self.pairs = list(zip(others, rows_in, strict=True))
-
-    def at(self, rows: slice) -> tuple[Tensor, ...]:
-        """The rows of the tensors that have some, and the others whole."""
-        values: Any = (t if t is None or not of_rows else cut(t, rows) for t, of_rows in self.pairs)
-        return tuple(values)
+    rows: slice
+    logits: list[Tensor]
+    blocks: list[slice]  # of these rows, that a CPU finds in its cache
 
 
-def _write(results: list[Tensor], parts: tuple[Tensor, ...], rows: slice, count: int) -> None:
+def _chunks(of: RowFunction, parts: Parts) -> Iterator[_Chunk]:
+    """All rows a chunk at a time; the logits are in buffers that the next chunk writes over."""
+    buffers = [Logits(Inputs(*layer), of.how) for layer in parts.layers]
+    (x, *_), *_ = parts.layers
+    for rows in slices(len(x), of.how.step):
+        pairs = zip(buffers, parts.layers, strict=True)
+        logits = [buffer.of(cut(x, rows), W, b) for buffer, (x, W, b) in pairs]
+        yield _Chunk(rows, logits, list(buffers[0].blocks(logits[0])))
+
+
+def _at(of: RowFunction, parts: Parts, chunk: _Chunk, block: slice) -> tuple[Any, ...]:
+    """What the function is given of a block of a chunk's rows."""
+    part = later(chunk.rows, block)
+    pairs = zip(parts.others, of.rows_in, strict=True)
+    return (
+        *(cast(cut(z, block), of.how.dtype).contiguous() for z in chunk.logits),
+        *(t if t is None or not of_rows else cut(t, part) for t, of_rows in pairs),
+    )
+
+
+def _write(results: list[Tensor], values: tuple[Tensor, ...], rows: slice, count: int) -> None:
     """Write the results of some rows among those of all."""
     if not results:
-        results += [part.new_empty((count, *part.shape[1:])) for part in parts]
-    for result, part in zip(results, parts, strict=True):
-        result[rows] = part
+        results += [value.new_empty((count, *value.shape[1:])) for value in values]
+    for result, value in zip(results, values, strict=True):
+        result[rows] = value
 
 
 def _values(of: RowFunction, tensors: Tensors) -> tuple[Tensor, ...]:
     """The results of all rows."""
-    x, W, b, *others = tensors
-    assert x is not None
-    rows_of, results = _Rows(tuple(others), of.rows_in), list[Tensor]()
-    logits = Logits(Inputs(x, W, b), of.how)
-    for rows in slices(len(x), of.how.step):
-        z = logits.of(cut(x, rows), W, b)
-        for block in logits.blocks(z):
-            part = later(rows, block)
-            here = cast(cut(z, block), of.dtype).contiguous()
-            _write(results, of.fn(here, *rows_of.at(part)), part, len(x))
+    parts, results = of.parts(tensors), list[Tensor]()
+    (x, *_), *_ = parts.layers
+    for chunk in _chunks(of, parts):
+        for block in chunk.blocks:
+            values = of.fn(*_at(of, parts, chunk, block))
+            _write(results, values, later(chunk.rows, block), len(x))
     return tuple(results)
 
 
@@ -167,60 +201,53 @@ def _values_and_gradients(
 
     There is a cotangent for each result, of which None stands for ones.
     """
-    x, W, b, *others = tensors
-    by_x, by_W, by_b, *by_others = wanted
-    assert x is not None
-    assert W is not None
-    sums = accumulation_dtype(x.dtype)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if by_x else None
-    dW = torch.zeros_like(W, dtype=sums, memory_format=torch.contiguous_format) if by_W else None
-    db = x.new_zeros(len(W), dtype=sums) if by_b else None
-    by_logits = by_x or by_W or by_b
-    mask = (by_logits, *by_others)
-    d_others = [
-        _gradient_like(other, of_rows) if by else None
-        for other, of_rows, by in zip(others, of.rows_in, by_others, strict=True)
-    ]
-    rows_of, results = _Rows(tuple(others), of.rows_in), list[Tensor]()
-    logits = Logits(Inputs(x, W, b), of.how)
-    for rows in slices(len(x), of.how.step):
-        here = cut(x, rows)
-        z = logits.of(here, W, b)
-        g = z
-        for block in logits.blocks(z):
-            part = later(rows, block)
-            at = (cast(cut(z, block), of.dtype).contiguous(), *rows_of.at(part))
+    parts, by, results = of.parts(tensors), of.parts(wanted), list[Tensor]()
+    (first, *_), *_ = parts.layers
+    mask = (*map(any, by.layers), *by.others)
+    outs = [_layer_sums(*pair) for pair in zip(parts.layers, by.layers, strict=True)]
+    triples = zip(parts.others, of.rows_in, by.others, strict=True)
+    of_others = [_gradient_like(other, of_rows) if w else None for other, of_rows, w in triples]
+    for chunk in _chunks(of, parts):
+        gradients_of_logits = list(chunk.logits)
+        for block in chunk.blocks:
+            part = later(chunk.rows, block)
+            at = _at(of, parts, chunk, block)
 
-            def fn(*moving: Tensor, at: tuple[Tensor, ...] = at) -> tuple[Tensor, ...]:
+            def fn(*moving: Tensor, at: tuple[Any, ...] = at) -> tuple[Tensor, ...]:
                 return of.fn(*merge(at, mask, moving))
 
-            values, pull = torch.func.vjp(fn, *select(at, mask))  # type: ignore[misc]
-            _write(results, values, part, len(x))
-            gradients = merge(
-                (None,) * len(mask), mask, pull(_cotangents(values, cotangents, part))
-            )
-            by_z, *of_others = gradients
-            if db is not None:
-                db.add_(by_z.sum(0))
-            if by_x or by_W:
-                g = put(z, block, by_z)
-            for total, gradient, of_rows in zip(d_others, of_others, of.rows_in, strict=True):
+            values, pull = vjp(fn, *select(at, mask))
+            _write(results, values, part, len(first))
+            pulled = pull(_cotangents(values, cotangents, part))
+            by_logits, by_others = split(merge((None,) * len(mask), mask, pulled), of.layers)
+            for i, (gradient, out) in enumerate(zip(by_logits, outs, strict=True)):
+                if out.b is not None:
+                    out.b.add_(gradient.sum(0))
+                if out.x is not None or out.W is not None:
+                    gradients_of_logits[i] = put(chunk.logits[i], block, gradient)
+            for total, gradient, of_rows in zip(of_others, by_others, of.rows_in, strict=True):
                 if total is not None and of_rows:
                     total[part] = gradient
                 elif total is not None:
                     total.add_(gradient)
-            del at, values, pull, gradients, by_z, of_others  # before the next ones are made
-        g = cast(g, multiplied_in(W.dtype, W.device))
-        if dx is not None:
-            pull_to_rows(g, W, dx[rows])
-        if dW is not None:
-            add_pulled_to_classes_(dW, g, here)
-    return tuple(results), (dx, dW, db, *d_others)
+            del at, values, pull, pulled, by_logits, by_others  # before the next ones are made
+        for (x, W, _), out, g in zip(parts.layers, outs, gradients_of_logits, strict=True):
+            g = cast(g, multiplied_in(W.dtype, W.device))
+            if out.x is not None:
+                pull_to_rows(g, W, out.x[chunk.rows])
+            if out.W is not None:
+                add_pulled_to_classes_(out.W, g, cut(x, chunk.rows))
+    layers = (out[: len(_OF_LAYER)] for out in outs)
+    return tuple(results), (*(t for layer in layers for t in layer), *of_others)
 
 
-def _gradient_like(tensor: Tensor | None, of_rows: bool) -> Tensor:
+def _layer_sums(layer: tuple[Any, Any, Any], wanted: tuple[Any, Any, Any]) -> Inputs:
+    """Where the wanted gradients of a layer go."""
+    return sums_of(Inputs(*layer), Inputs(*wanted, p=False), layer[0].dtype)
+
+
+def _gradient_like(tensor: Tensor, of_rows: bool) -> Tensor:
     """Where the gradient of a tensor goes: rows to be written, or a sum that starts at 0."""
-    assert tensor is not None
     if of_rows:
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
     return torch.zeros_like(tensor, dtype=accumulation_dtype(tensor.dtype))

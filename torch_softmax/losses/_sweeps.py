@@ -126,7 +126,7 @@ class Logits:
         return slices(z.shape[0], max(1, CACHED_LOGITS // max(1, z.shape[1])))
 
 
-def _sums(inputs: Inputs, wanted: Inputs, dtype: torch.dtype) -> Inputs:
+def sums_of(inputs: Inputs, wanted: Inputs, dtype: torch.dtype) -> Inputs:
     """Where the wanted derivatives go: rows to be written, and sums that start at 0."""
     x, W = inputs.x, inputs.W
     sums = accumulation_dtype(x.dtype)
@@ -182,7 +182,7 @@ def numbers_and_gradients(
     """
     count, W = inputs.x.shape[0], inputs.W
     numbers: Numbers | None = None
-    out = _sums(inputs, wanted, how.dtype)
+    out = sums_of(inputs, wanted, how.dtype)
     logits = Logits(inputs, how)
     for rows in slices(count, how.step):
         here = inputs.rows(rows)
@@ -239,7 +239,7 @@ def hessian_along(
     """
     count, W = inputs.x.shape[0], inputs.W
     slopes: Numbers | None = None
-    out = _sums(inputs, wanted, how.dtype)
+    out = sums_of(inputs, wanted, how.dtype)
     # A direction is a gradient's cotangent, which float32 sums of half precision have in float32.
     ux, uW, ub = (None if u is None else u.to(inputs.x.dtype) for u in direction[:3])
     needs_g = (wanted.x and uW is not None) or (wanted.W and ux is not None and W is not None)

@@ -1,17 +1,17 @@
 """Any function of a linear layer's logits, which are never held for more than a few rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from .. import _checks as checks
-from ._autograd import Tensors, at_rest, is_in_func, is_moving
-from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype
-from ._mapped import RowFunction, results_of, total_of
+from ._autograd import Tensors, at_rest, is_differentiated, is_in_func, is_moving
+from ._dtypes import accumulation_dtype, outside_autocast, product_dtype
+from ._mapped import RowFunction, logits_of, results_of, total_of
 from ._products import multiplied_in
 from ._sweeps import How
 from .linear import Layer, default_chunk_size
@@ -22,30 +22,36 @@ _TRIED = 2
 
 def map_logits(
     fn: Callable[..., Any],
-    layer: Layer,
-    rows: tuple[Tensor, ...],
-    shared: tuple[Tensor, ...],
-    reduction: str,
-    chunk_size: int | None,
+    layers: Sequence[Layer],
+    rows: tuple[Tensor | None, ...],
+    shared: tuple[Tensor | None, ...] = (),
+    *,
+    reduction: str = "none",
+    chunk_size: int | None = None,
 ) -> Any:
-    """What a function returns for a layer's logits, a tensor or a tuple, checked and reduced."""
-    _check(layer, rows, shared)
-    *shape, features = layer.input.shape
-    count = math.prod(shape)
-    x, W, b = layer.to(product_dtype(*layer))
-    flat = tuple(row.reshape(count, *row.shape[len(shape) :]) for row in rows)
-    tensors = (x.reshape(count, features), W, b, *flat, *shared)
-    step = chunk_size or default_chunk_size(len(W), features, x.device)
-    logits = multiplied_in(x.dtype, x.device)
-    how = How(step, accumulation_dtype(x.dtype), logits)
+    """What a function of some layers' logits returns, a tensor or a tuple, in rows or reduced.
+
+    The layers' inputs have the same leading dimensions, and the rows have them too.
+    """
+    first, *_ = layers
+    *shape, features = first.input.shape
+    count, (classes, *_) = math.prod(shape), first.linear_weight.shape
+    dtype = product_dtype(*(tensor for layer in layers for tensor in layer))
+    step = chunk_size or default_chunk_size(classes, features, first.input.device)
+    logits = multiplied_in(dtype, first.input.device)
+    how = How(step, accumulation_dtype(dtype), logits)
+    tensors = [t for layer in layers for t in _flat(layer.to(dtype))]
+    tensors += [t if t is None else t.reshape(count, *t.shape[len(shape) :]) for t in rows]
+    every = (*tensors, *shared)
     rows_in = (*(True for _ in rows), *(False for _ in shared))
-    with outside_autocast(x):
-        results, is_alone = _tried(fn, how, tensors, rows_in)
-        of = RowFunction(_checked(fn), rows_in, results, how.dtype, how)
+    of = RowFunction(_checked(fn), len(layers), rows_in, 0, how)
+    with outside_autocast(first.input):
+        results, is_alone = _tried(fn, of, every)
+        of = replace(of, results=results)
         if reduction != "none" and is_alone:
-            reduced = total_of(of, tensors)
-            return reduced / count if reduction == "mean" else reduced
-        values = results_of(of, tensors)
+            total = total_of(of, every)
+            return total / count if reduction == "mean" else total
+        values = results_of(of, every)
     if reduction == "none":
         values = tuple(value.reshape(*shape, *value.shape[1:]) for value in values)
     else:
@@ -55,7 +61,13 @@ def map_logits(
     return values[0] if is_alone else values
 
 
-def _check(layer: Layer, rows: tuple[Tensor, ...], shared: tuple[Tensor, ...]) -> None:
+def _flat(layer: Layer) -> tuple[Tensor | None, ...]:
+    """A layer whose input has one dimension of rows."""
+    x, W, b = layer
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), W, b
+
+
+def check(layer: Layer, rows: tuple[Tensor, ...], shared: tuple[Tensor, ...]) -> None:
     """Raise unless the arguments fit together."""
     checks.linear_layer(*layer)
     if layer.linear_weight.dim() != 2:
@@ -94,9 +106,7 @@ def _checked(fn: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     return checked
 
 
-def _tried(
-    fn: Callable[..., Any], how: How, tensors: Tensors, rows_in: tuple[bool, ...]
-) -> tuple[int, bool]:
+def _tried(fn: Callable[..., Any], of: RowFunction, tensors: Tensors) -> tuple[int, bool]:
     """How many results a function has, and whether it is one alone, for the first few rows.
 
     Raises:
@@ -104,31 +114,30 @@ def _tried(
             gradient would silently be 0; or it draws random numbers, which would be others when it
             is worked out again.
     """
-    x, W, b, *others = (None if tensor is None else at_rest(tensor) for tensor in tensors)
-    assert x is not None
-    of_rows = min(_TRIED, len(x)) or _TRIED
-    layer = (None if t is None else cast(t, how.logits_dtype) for t in (_first(x, of_rows), W, b))
-    z = cast(linear(*layer), how.dtype)  # type: ignore[arg-type]
-    pairs = zip(others, rows_in, strict=True)
-    given = [_first(t, of_rows) if t is not None and is_row else t for t, is_row in pairs]
+    layers, others = of.parts([None if t is None else at_rest(t) for t in tensors])
+    (x, *_), *_ = layers
+    count = min(_TRIED, len(x)) or _TRIED
+    pairs = zip(others, of.rows_in, strict=True)
+    given = (
+        *(logits_of(_first(x, count), W, b, of.how) for x, W, b in layers),
+        *(_first(t, count) if t is not None and is_row else t for t, is_row in pairs),
+    )
     with torch.enable_grad():
-        results = fn(z, *given)
-        is_alone = isinstance(results, Tensor)
-        every = _checked(lambda *_: results)(z)
-        for result in every:
-            if is_moving(result):
-                raise ValueError(
-                    "fn must not depend on a tensor that is differentiated and that it is not "
-                    "given: pass it in shared, or in rows where it has a row for each row"
-                )
-    if not torch.compiler.is_compiling():
-        again = _checked(fn)(z, *given)
-        if not is_in_func() and not all(map(_are_same, every, again)):
+        results = fn(*given)
+        every = _checked(lambda *_: results)(*given)
+        if is_differentiated() and any(map(is_moving, every)):
+            raise ValueError(
+                "fn must not depend on a tensor that is differentiated and that it is not given: "
+                "pass it in shared, or in rows where it has a row for each row"
+            )
+    if not torch.compiler.is_compiling() and not is_in_func():
+        again = of.fn(*given)
+        if not all(map(_are_same, every, again)):
             raise ValueError(
                 "fn must return the same for the same rows, as it is worked out again for "
                 "gradients, got other numbers: pass random numbers in rows"
             )
-    return len(every), is_alone
+    return len(every), isinstance(results, Tensor)
 
 
 def _first(tensor: Tensor, count: int) -> Tensor:
