@@ -152,8 +152,8 @@ def load_dataset(
     """Load a data set, downloading it to `data_dir` when it isn't there yet.
 
     Args:
-        name: 'mnist', 'fashion-mnist', 'kmnist' (28x28 pixels, 60,000 + 10,000 images, read by
-            torchvision), 'digits' (8x8 pixels, 1,442 + 355 images, part of this package), or
+        name: 'mnist', 'fashion-mnist', 'kmnist' (28x28 pixels, 60,000 + 10,000 images, from
+            torchvision's mirrors), 'digits' (8x8 pixels, 1,442 + 355 images, part of this package), or
             'auto': mnist if it is on disk or can be downloaded, else digits.
         data_dir: The root folder of torchvision's data sets; digits doesn't need it.
         notify: Is called with one line when 'auto' falls back to the digits.
