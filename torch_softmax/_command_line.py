@@ -81,8 +81,11 @@ def run_command(parser: Parser, command: Callable[[], int | None]) -> int:
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+def stop_on_interrupt(patient: bool = False) -> Iterator[Callable[[], bool]]:
     """Within the block, only note the first Ctrl-C; a second one raises KeyboardInterrupt.
+
+    Args:
+        patient: Only note the others too, as torchrun passes on the one that all have had.
 
     Yields:
         A function that tells whether there was one, for a loop to ask where it can stop.
@@ -93,7 +96,8 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     def note(*_: object) -> None:
         nonlocal stopped
         stopped = True
-        signal.signal(signal.SIGINT, usual)
+        if not patient:
+            signal.signal(signal.SIGINT, usual)
 
     if usual is not signal.SIG_IGN:  # as in a job in the background, which Ctrl-C is not meant for
         signal.signal(signal.SIGINT, note)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from tests.helpers import ROOT, one_line
+from tests.mnist.files import write_mnist
+from torch_softmax.mnist import checkpoints
 from torch_softmax.mnist.checkpoints import Checkpoint, save_checkpoint
 from torch_softmax.mnist.commands import evaluate
 from torch_softmax.mnist.data import batch_loader, load_dataset
@@ -155,7 +157,7 @@ def test_as_a_command_of_its_own(run_dir):
 def test_a_data_set_of_another_size(run_dir, monkeypatch, capsys, digits):
     wide = digits.test.images.repeat(1, 2)
     other = replace_images(digits, wide)
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: other)
+    monkeypatch.setattr(checkpoints, "load_dataset", lambda *_: other)
     assert run(run_dir, "--dataset=mnist") == 1
     assert one_line(capsys) == (
         "evaluate.py: the checkpoint is of a model for 64 pixels, but mnist has 128"
@@ -166,6 +168,14 @@ def replace_images(data, images):
     """The same data set by the name of mnist, with other images."""
     part = type(data.test)(images, data.test.labels, 16)
     return data._replace(name="mnist", train=part, test=part)
+
+
+def test_the_data_are_where_the_run_had_them(tmp_path, monkeypatch, capsys):
+    write_mnist(tmp_path / "lent" / "MNIST" / "raw", test_size=7)
+    data = load_dataset("mnist", tmp_path / "lent")
+    save_checkpoint(tmp_path / "model.pt", Checkpoint.start(DEFAULTS["mnist"], data))
+    monkeypatch.chdir(tmp_path)
+    assert run_json(capsys, tmp_path)["images"] == 7
 
 
 def test_no_data(run_dir, tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.helpers import one_line, texts
+from tests.mnist.files import write_mnist
 from torch_softmax import SoftmaxRegression, _figures
 from torch_softmax.mnist.checkpoints import Checkpoint, save_checkpoint
 from torch_softmax.mnist.commands import _page, plot
@@ -171,6 +172,14 @@ def test_the_ending_decides_the_format(run_dir, empty_page, ending):
 def test_a_run_is_its_directory_or_its_checkpoint(run_dir, empty_page, given):
     assert plot.main([str(run_dir / given)]) == 0
     assert (run_dir / "report.png").exists()
+
+
+def test_the_data_are_where_the_run_had_them(tmp_path, monkeypatch, empty_page):
+    write_mnist(tmp_path / "lent" / "MNIST" / "raw")
+    data = load_dataset("mnist", tmp_path / "lent")
+    save_checkpoint(tmp_path / "model.pt", Checkpoint.start(Settings(epochs=5), data))
+    monkeypatch.chdir(tmp_path)
+    assert plot.main([str(tmp_path)]) == 0
 
 
 # Bad input

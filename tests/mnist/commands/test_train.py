@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.helpers import ROOT, one_line
+from tests.mnist.files import write_mnist
 from torch_softmax import SoftmaxRegression
-from torch_softmax.mnist import training
+from torch_softmax.mnist import checkpoints, training
 from torch_softmax.mnist.checkpoints import load_checkpoint
 from torch_softmax.mnist.commands import _runs
 from torch_softmax.mnist.commands import train as train_mnist
@@ -113,7 +114,9 @@ def test_a_line_an_epoch_and_a_summary(tmp_path, capsys):
     train(tmp_path, epochs=3)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
-    accuracy = results(tmp_path)[0]["test_accuracy"]
+    metrics = results(tmp_path)[0]
+    assert f"  train accuracy {metrics['epochs'][-1]['accuracy']:.2%}  " in lines[-3]
+    accuracy = metrics["test_accuracy"]
     assert lines[-2].startswith(f"test accuracy {accuracy:.2%}, test loss ")
 
 
@@ -321,6 +324,36 @@ def test_a_run_may_be_interrupted_more_than_once(tmp_path, interrupt_in, never_s
     assert results(tmp_path) == never_stopped
 
 
+@pytest.fixture
+def lent(tmp_path, monkeypatch):
+    """A run that was interrupted, on data in a place of their own; nothing can be downloaded."""
+    write_mnist(tmp_path / "lent" / "MNIST" / "raw")
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:1/"])
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mnist, "evaluate", interrupt)
+        assert train(tmp_path / "run", "--data-dir=lent", dataset="mnist") == 130
+    return tmp_path / "run"
+
+
+def test_a_run_goes_on_with_the_data_that_it_had(lent):
+    assert resume(lent) == 0
+
+
+def test_a_run_goes_on_with_data_that_have_moved_and_knows_it_from_then_on(lent, tmp_path):
+    (tmp_path / "lent").rename(tmp_path / "moved")
+    assert resume(lent, "--data-dir=moved", "--schedule=cosine") == 0
+    assert resume(lent) == 0
+
+
+def test_a_run_whose_data_are_gone_says_so(lent, tmp_path, capsys):
+    (tmp_path / "lent").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert resume(lent) == 1
+    told = f"; the run had its data in {tmp_path / 'lent'}, where they are no longer"
+    assert one_line(capsys).endswith(told)
+
+
 def test_an_interruption_tells_how_to_go_on(tmp_path, interrupt_in, never_stopped, capsys):
     output_dir = tmp_path / "two words"
     interrupt_in(20)
@@ -486,7 +519,7 @@ def test_a_read_only_directory_is_found_before_the_training(
     capsys.readouterr()
     # A superuser may write anywhere, so that taking the permission away would not do.
     monkeypatch.setattr(_runs.tempfile, "TemporaryFile", read_only)
-    monkeypatch.setattr(_runs, "load_dataset", pytest.fail)
+    monkeypatch.setattr(checkpoints, "load_dataset", pytest.fail)
     assert resume(tmp_path) == 1
     assert one_line(capsys) == (
         f"train_mnist.py: {tmp_path} can't be written: Read-only file system"

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..sources import DATASETS
+from ..sources import DATASETS, DEFAULT_DATA_DIR
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="auto (the default) is mnist if it is on disk or can be downloaded, else digits, "
         "which are part of the package",
     )
-    add_data_dir_option(data)
+    add_run_data_dir_option(data)
 
 
 def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
@@ -24,9 +24,20 @@ def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--data-dir",
         type=Path,
-        default=Path("data"),
+        default=DEFAULT_DATA_DIR,
         metavar="DIR",
         help="where data sets lie or are downloaded to (default: %(default)s)",
+    )
+
+
+def add_run_data_dir_option(parser: argparse._ActionsContainer) -> None:
+    """Add --data-dir, which is None where it isn't given, as a run knows where its data were."""
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="where data sets lie or are downloaded to (default: where the run had them, or "
+        f"{DEFAULT_DATA_DIR})",
     )
 
 

@@ -26,6 +26,7 @@ from ..checkpoints import (
 )
 from ..data import TrainTest, load_dataset
 from ..settings import DEFAULTS, OF_SGD, UNITS, Settings, newton_defaults
+from ..sources import DEFAULT_DATA_DIR
 from ..training import Score
 
 METRICS_NAME = "metrics.json"
@@ -48,7 +49,8 @@ def new_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     check_given(given, ranks)  # before any data are loaded
     if args.output_dir is not None and ranks.is_first:
         check_unused(args.output_dir)
-    data = load(args.dataset, args.data_dir)
+    place = args.data_dir or DEFAULT_DATA_DIR
+    data = load_dataset(args.dataset, place, notify=lambda line: print(line, file=sys.stderr))
     is_newton = given.get("optimizer") == "newton"
     defaults = newton_defaults(len(data.train)) if is_newton else DEFAULTS[data.name]
     settings = replace(defaults, **given)
@@ -70,8 +72,11 @@ def resumed_run(args: argparse.Namespace, ranks: Ranks) -> Run:
         )
     checkpoint = checkpoint.with_settings(**given_settings(args))
     check_writable(directory)
-    data = load(checkpoint.dataset, args.data_dir)
-    checkpoint.check_fits(data)
+    data = checkpoint.load_data(args.data_dir)
+    if data.data_dir != checkpoint.data_dir:
+        checkpoint = replace(checkpoint, data_dir=data.data_dir)
+        if ranks.is_first:
+            save_checkpoint(directory / CHECKPOINT_NAME, checkpoint)
     print(
         f"going on with {directory} after epoch {checkpoint.epoch}"
         + (f" and {checkpoint.tally.batches} batches" if checkpoint.tally.batches else "")
@@ -94,11 +99,6 @@ def check_given(given: dict[str, Any], ranks: Ranks) -> None:
             raise ValueError(f"{name} must be left out for optimizer 'newton', got {given[name]!r}")
     if ranks.size > 1:
         raise ValueError(f"optimizer must be 'sgd' for {ranks.size} processes, got 'newton'")
-
-
-def load(dataset: str, data_dir: Path) -> TrainTest:
-    """Load a data set, with notes on stderr."""
-    return load_dataset(dataset, data_dir, notify=lambda line: print(line, file=sys.stderr))
 
 
 def check_unused(directory: Path) -> None:

@@ -22,10 +22,10 @@ from ...functional import cross_entropy, softmax
 from ...modules import SoftmaxRegression
 from .. import metrics
 from ..checkpoints import load_checkpoint
-from ..data import ImageDataset, load_dataset
+from ..data import ImageDataset
 from ..metrics import CALIBRATION_BINS, RESAMPLES, Estimate
 from ..sources import DATASETS, NUM_CLASSES
-from ._options import add_checkpoint_option, add_data_dir_option
+from ._options import add_checkpoint_option, add_run_data_dir_option
 
 RATES = {"precision": metrics.precision, "recall": metrics.recall, "F1": metrics.f1_score}
 METHODS = {
@@ -62,7 +62,7 @@ def build_parser() -> Parser:
         choices=DATASETS[1:],
         help="whose test images to take (default: those of the data set it was trained on)",
     )
-    add_data_dir_option(parser)
+    add_run_data_dir_option(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Load the classifier and the data, and print the result."""
     checkpoint = load_checkpoint(args.checkpoint)
-    data = load_dataset(args.dataset or checkpoint.dataset, args.data_dir)
-    checkpoint.check_fits(data)
+    data = checkpoint.load_data(args.data_dir, args.dataset)
     evaluation = evaluate(checkpoint.build_model(), data.test)
     heading = {"checkpoint": str(args.checkpoint), "dataset": data.name, "images": len(data.test)}
     if args.json:

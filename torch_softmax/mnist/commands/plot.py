@@ -10,8 +10,7 @@ from pathlib import Path
 from ..._command_line import Parser, run_command
 from ..._figures import our_style, save
 from ..checkpoints import CHECKPOINT_NAME, load_checkpoint, run_directory
-from ..data import load_dataset
-from ._options import add_data_dir_option
+from ._options import add_run_data_dir_option
 
 
 def build_parser() -> Parser:
@@ -28,7 +27,7 @@ def build_parser() -> Parser:
         metavar="RUN_DIR",
         help="a directory that train_mnist.py wrote, or the model.pt in it",
     )
-    add_data_dir_option(parser)
+    add_run_data_dir_option(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -52,6 +51,5 @@ def plot(args: argparse.Namespace) -> None:
 
     run_dir = run_directory(args.run_dir)
     checkpoint = load_checkpoint(run_dir / CHECKPOINT_NAME)
-    data = load_dataset(checkpoint.dataset, args.data_dir)
-    checkpoint.check_fits(data)
+    data = checkpoint.load_data(args.data_dir)
     save(draw_run(checkpoint, data.test), args.output or run_dir / "report.png")

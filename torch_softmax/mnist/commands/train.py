@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..._command_line import (
     run_command,
     stop_on_interrupt,
 )
+from ..._torchrun import launcher, one_voice
 from ...distributed.data_parallel import Ranks, join_ranks
 from ...optim import newton
 from ..checkpoints import CHECKPOINT_NAME, Checkpoint
@@ -106,16 +107,15 @@ def defaults_table() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_command(parser, lambda: train_and_test(args))
+    with one_voice():
+        args = parser.parse_args(argv)
+        return run_command(parser, lambda: train_and_test(args))
 
 
 def train_and_test(args: argparse.Namespace) -> None:
     """Begin a run or go on with one, in this process or all that torchrun has started."""
     device = choose_device(args.device)
-    with join_ranks(device) as ranks, ExitStack() as stack:
-        if not ranks.is_first:
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+    with join_ranks(device) as ranks:
         with ranks.first_ahead():
             run = new_run(args, ranks) if args.resume is None else resumed_run(args, ranks)
         train_and_test_run(run, args, device, ranks)
@@ -154,7 +154,7 @@ def train_and_test_run(
 
 def resume_command(args: argparse.Namespace, directory: Path) -> str:
     """What to type to go on with a run, on the same data and device."""
-    command = ["python", "train_mnist.py", "--resume", str(directory)]
+    command = [*launcher(), "train_mnist.py", "--resume", str(directory)]
     parser = build_parser()
     for name in ("data_dir", "device"):
         value = getattr(args, name)
@@ -175,7 +175,11 @@ def train(
     generator = torch.Generator()
     batches = batch_loader(examples, settings.batch_size, generator, ranks)
 
-    with progress_bar(checkpoint, len(batches), ranks) as show, stop_on_interrupt() as stop:
+    is_patient = ranks.size > 1
+    with (
+        progress_bar(checkpoint, len(batches), ranks) as show,
+        stop_on_interrupt(is_patient) as stop,
+    ):
         while checkpoint.epoch < settings.epochs:
             epoch, tally = checkpoint.epoch, replace(checkpoint.tally)
             generator.set_state(checkpoint.generator_state)
@@ -192,7 +196,8 @@ def train(
                 checkpoint = checkpoint.after_epoch(model, tally.score(), tally.seconds, generator)
             else:
                 checkpoint = checkpoint.after_batches(model, tally)
-            save(checkpoint, directory)
+            with ranks.together():
+                save(checkpoint, directory)
             if is_whole:
                 tqdm.write(epoch_line(checkpoint))
             if not is_whole or any(ranks.total(stop())):
@@ -263,5 +268,5 @@ def epoch_line(checkpoint: Checkpoint) -> str:
     number = f"{checkpoint.epoch:>{len(str(epochs))}}/{epochs}"
     return (
         f"{UNITS[checkpoint.settings.optimizer]} {number}  loss {last['loss']:.4f}  "
-        f"accuracy {last['accuracy']:.2%}  {last['seconds']:.2f} s"
+        f"train accuracy {last['accuracy']:.2%}  {last['seconds']:.2f} s"
     )
