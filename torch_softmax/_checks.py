@@ -59,6 +59,8 @@ def integer(name: str, value: object) -> int:
 
 def number(name: str, value: object) -> float:
     """Return a named argument as a float, or raise: NumPy's numbers and 0-d tensors will do."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} must not require a gradient, for it gets none")
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
         return float(value)
     raise TypeError(f"{name} must be a float, got {value!r}")

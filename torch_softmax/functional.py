@@ -186,7 +186,10 @@ def linear_cross_entropy(
     Source: Bishop, Pattern Recognition and Machine Learning (2006), equations 4.108 to 4.110.
     """
     extra = linear.NO_EXTRA
-    if (softcap, logit_scale, z_loss, row_weight, count) != _LEFT_OUT:
+    # A tensor is looked at: it may require a gradient, which it would not get.
+    are_floats = type(logit_scale) is float and type(z_loss) is float
+    are_none = softcap is None and row_weight is None and count is None
+    if not (are_none and are_floats and logit_scale == 1 and z_loss == 0):
         extra = linear.Extra(
             row_options_of(row_weight, count), logit_options_of(softcap, logit_scale, z_loss)
         )
@@ -206,17 +209,13 @@ def linear_cross_entropy(
     if _any_sharded(*layer, target, weight):
         from .distributed._sharded import sharded_cross_entropy
 
-        if extra is not linear.NO_EXTRA:
+        if extra.given():
             raise NotImplementedError(
                 f"{extra.given()} must be left out where linear_weight is sharded"
             )
         loss: Tensor = sharded_cross_entropy(layer, target, options, chunk_size)
         return loss
     return linear.linear_cross_entropy(layer, target, options, extra, chunk_size)
-
-
-# The options of `linear_cross_entropy` that torch's function does not have.
-_LEFT_OUT = (None, 1.0, 0.0, None, None)
 
 
 def _any_sharded(*tensors: Any) -> bool:

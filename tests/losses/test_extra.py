@@ -1,5 +1,7 @@
 """The options that torch's layer does not have, against a loss written out in torch's functions."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -79,4 +81,38 @@ def test_a_mean_over_a_count_of_0_is_0():
 )
 def test_an_unfit_option_is_named(name, value, error):
     with pytest.raises(error, match=f"^{name} must "):
+        linear_cross_entropy(randn(N, D), randn(5, D), torch.zeros(N).long(), **{name: value})
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}], ids=["", "softcap"])
+def test_an_ignored_row_adds_nothing_whatever_it_holds(options, reduction):
+    x, W, weight = randn(N, D), randn(5, D), torch.rand(N, dtype=torch.float64)
+    target = torch.arange(N) % 5
+    target[0] = -100
+    with torch.no_grad():
+        x[0] = weight[0] = math.nan
+    weight.requires_grad_()
+    loss = linear_cross_entropy(
+        x, W, target, reduction=reduction, row_weight=weight, chunk_size=3, **options
+    )
+    upstream = torch.ones_like(loss)
+    if reduction == "none":
+        upstream[0] = math.inf
+    of_x, of_W, of_weight = torch.autograd.grad(loss, (x, W, weight), upstream)
+    kept = [t.detach()[1:].requires_grad_() for t in (x, weight)]
+    expected = linear_cross_entropy(
+        kept[0], W, target[1:], reduction=reduction, row_weight=kept[1], **options
+    )
+    leaves = (kept[0], W, kept[1])
+    gradients = torch.autograd.grad(expected, leaves, torch.ones_like(expected))
+    torch.testing.assert_close((of_x[1:], of_W, of_weight[1:]), gradients)
+    assert not of_x[0].any()
+    assert of_weight[0] == 0
+
+
+@pytest.mark.parametrize("name", ["softcap", "logit_scale", "z_loss", "count"])
+def test_a_number_that_requires_a_gradient_is_refused(name):
+    value = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match=f"^{name} must not require a gradient"):
         linear_cross_entropy(randn(N, D), randn(5, D), torch.zeros(N).long(), **{name: value})

@@ -15,7 +15,7 @@ from . import _formulas as formulas
 from ._cross_entropy import reduced, weighted
 from ._formulas import Target
 from ._mapped import RowFunction, results_of, total_of
-from ._sweeps import How
+from ._sweeps import How, Inputs, kept
 from ._targets import LogitOptions, Terms
 
 # The tensors beside the logits: p, hot, mass and factor have rows, scale and floor do not.
@@ -33,11 +33,11 @@ def row_losses(options: LogitOptions, z: Tensor, *others: Any) -> tuple[Tensor]:
     """The loss of each row times its factor, (N,)."""
     p, hot, mass, factor, scale, floor = others
     z = changed(z, options)
-    log_sum, gap = formulas.row_numbers(z, Target(p, hot, scale, floor))
+    top = formulas.top_of(z)
+    log_sum, gap = formulas.row_numbers(z, Target(p, hot, scale, floor), top)
     loss = gap + (log_sum if mass is None else mass * log_sum)
     if options.z_loss:
-        lse = log_sum + z.amax(1).detach()
-        loss = loss + options.z_loss * lse.square()
+        loss = loss + options.z_loss * (log_sum + top.squeeze(1)).square()
     return (loss if factor is None else formulas.product(factor, loss),)
 
 
@@ -50,17 +50,12 @@ def loss_of_capped(
 ) -> Tensor:
     """The loss of a layer's rows x (N, D), (N,) for 'none'."""
     x, W, b = layer
-    if terms.keep is not None:
-        x = x.masked_fill(~terms.keep.unsqueeze(1), 0)
-    fn = functools.partial(row_losses, options)
-    of = RowFunction(fn, 1, _ROWS_IN, 1, how)
-    y = terms.y
+    x = kept(Inputs(x, keep=terms.keep))
+    of = RowFunction(functools.partial(row_losses, options), 1, _ROWS_IN, 1, how)
+    p, hot, scale, floor = terms.y
     if reduction == "none":
-        (loss,) = results_of(of, (x, W, b, y.target, y.hot, terms.mass, None, y.scale, y.floor))
+        (loss,) = results_of(of, (x, W, b, p, hot, terms.mass, None, scale, floor))
         return weighted(loss, terms)
-    factor = terms.factor
-    if terms.keep is not None:
-        kept = terms.keep.to(how.dtype)
-        factor = kept if factor is None else factor.masked_fill(~terms.keep, 0)
-    total = total_of(of, (x, W, b, y.target, y.hot, terms.mass, factor, y.scale, y.floor))
+    factor = terms.factor_of_kept(how.dtype)
+    total = total_of(of, (x, W, b, p, hot, terms.mass, factor, scale, floor))
     return reduced(total, terms, reduction)

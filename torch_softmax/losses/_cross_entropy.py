@@ -79,8 +79,9 @@ def loss_of(inputs: Inputs, terms: Terms, reduction: str, how: How) -> Tensor:
 
 def weighted(loss: Tensor, terms: Terms) -> Tensor:
     """The losses of rows (N,) times what these count for."""
-    if terms.factor is not None:
-        loss = product(terms.factor, loss)
+    factor = None if terms.factor is None else terms.factor_of_kept(loss.dtype)
+    if factor is not None:
+        loss = product(factor, loss)
     return loss if terms.keep is None else loss.masked_fill(~terms.keep, 0)
 
 
@@ -95,9 +96,7 @@ def reduced(total: Tensor, terms: Terms, reduction: str) -> Tensor:
 
 def _factors(terms: Terms, how: How) -> Factors:
     """With s = m and t = 1 for the rows that count, and both 0 for the others, T is Σ L."""
-    t = terms.factor
-    if terms.keep is not None:
-        t = terms.keep.to(how.dtype) if t is None else t.masked_fill(~terms.keep, 0)
+    t = terms.factor_of_kept(how.dtype)
     if t is None:
         return Factors(terms.mass, None)
     return Factors(t if terms.mass is None else t * terms.mass, t)

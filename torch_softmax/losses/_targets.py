@@ -115,6 +115,14 @@ class Terms(NamedTuple):
     of_none: float = math.nan  # their mean then
     factor: Tensor | None = None  # (N,), what the loss of a row is multiplied with; None for 1
 
+    def factor_of_kept(self, dtype: torch.dtype) -> Tensor | None:
+        """The factor, with 0 where a row is left out, whatever it holds there; None for 1."""
+        if self.keep is None:
+            return self.factor
+        if self.factor is None:
+            return self.keep.to(dtype)
+        return self.factor.masked_fill(~self.keep, 0)
+
     def with_rows(self, rows: RowOptions, dtype: torch.dtype) -> "Terms":
         """The same with what rows count for."""
         terms = self

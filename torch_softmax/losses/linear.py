@@ -29,6 +29,11 @@ class Layer(NamedTuple):
         """The same in a dtype."""
         return Layer(*(None if t is None else cast(t, dtype) for t in self))  # type: ignore[arg-type]
 
+    def flat(self) -> "Layer":
+        """The same with one dimension of rows."""
+        *shape, features = self.input.shape
+        return self._replace(input=self.input.reshape(math.prod(shape), features))
+
 
 def default_chunk_size(classes: int, features: int, device: torch.device) -> int:
     """The rows of a chunk: of 2²⁴ logits on a CPU, but at least 512; else D, but at least 1024."""
@@ -82,12 +87,12 @@ def linear_cross_entropy(
     terms = terms.with_rows(extra.rows, how.dtype)
     if extra.logits == LogitOptions():
         return cast(loss_of_layer(layer, terms, options.reduction, how), returned)
-    x, W, b = layer.to(product_dtype(*layer))
-    *leading, features = x.shape
-    with outside_autocast(x):
-        flat = x.reshape(math.prod(leading), features)
-        loss = loss_of_capped((flat, W, b), terms, extra.logits, options.reduction, how)
-    return cast(loss.reshape(leading) if options.reduction == "none" else loss, returned)
+    flat = layer.to(product_dtype(*layer)).flat()
+    with outside_autocast(flat.input):
+        loss = loss_of_capped(flat, terms, extra.logits, options.reduction, how)
+    if options.reduction == "none":
+        loss = loss.reshape(layer.input.shape[:-1])
+    return cast(loss, returned)
 
 
 def check(layer: Layer, target: Tensor, options: Options) -> None:
@@ -118,12 +123,10 @@ def dtypes_and_chunks(
 
 def loss_of_layer(layer: Layer, terms: Terms, reduction: str, how: How) -> Tensor:
     """The loss of a layer (C, D) from its terms, of any leading dimensions for 'none'."""
-    *shape, features = layer.input.shape
-    x, W, b = layer.to(product_dtype(*layer))
-    inputs = Inputs(x.reshape(math.prod(shape), features), W, b, *terms.y, terms.keep)
+    x, W, b = layer.to(product_dtype(*layer)).flat()
     with outside_autocast(x):
-        loss = loss_of(inputs, terms, reduction, how)
-    return loss.reshape(shape) if reduction == "none" else loss
+        loss = loss_of(Inputs(x, W, b, *terms.y, terms.keep), terms, reduction, how)
+    return loss.reshape(layer.input.shape[:-1]) if reduction == "none" else loss
 
 
 def _all_logits(layer: Layer) -> Tensor:

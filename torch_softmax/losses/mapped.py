@@ -32,7 +32,12 @@ def map_logits(
     """What a function of some layers' logits returns, a tensor or a tuple, in rows or reduced.
 
     The layers' inputs have the same leading dimensions, and the rows have them too.
+
+    Raises:
+        TypeError: A tensor is none.
+        ValueError: Shapes don't fit, or the function can't be worked out in chunks; see `_tried`.
     """
+    _check(layers, rows, shared)
     first, *_ = layers
     *shape, features = first.input.shape
     count, (classes, *_) = math.prod(shape), first.linear_weight.shape
@@ -40,7 +45,7 @@ def map_logits(
     step = chunk_size or default_chunk_size(classes, features, first.input.device)
     logits = multiplied_in(dtype, first.input.device)
     how = How(step, accumulation_dtype(dtype), logits)
-    tensors = [t for layer in layers for t in _flat(layer.to(dtype))]
+    tensors = [t for layer in layers for t in layer.to(dtype).flat()]
     tensors += [t if t is None else t.reshape(count, *t.shape[len(shape) :]) for t in rows]
     every = (*tensors, *shared)
     rows_in = (*(True for _ in rows), *(False for _ in shared))
@@ -61,26 +66,22 @@ def map_logits(
     return values[0] if is_alone else values
 
 
-def _flat(layer: Layer) -> tuple[Tensor | None, ...]:
-    """A layer whose input has one dimension of rows."""
-    x, W, b = layer
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), W, b
-
-
-def check(layer: Layer, rows: tuple[Tensor, ...], shared: tuple[Tensor, ...]) -> None:
+def _check(layers: Sequence[Layer], rows: Tensors, shared: Tensors) -> None:
     """Raise unless the arguments fit together."""
-    checks.linear_layer(*layer)
-    if layer.linear_weight.dim() != 2:
-        raise ValueError(
-            f"linear_weight must have shape (C, D), got {tuple(layer.linear_weight.shape)}"
-        )
-    shape = layer.input.shape[:-1]
+    first, *_ = layers
+    shape = first.input.shape[:-1]
+    for layer in layers:
+        checks.linear_layer(*layer)
+        if layer.linear_weight.dim() != 2:
+            raise ValueError(
+                f"linear_weight must have shape (C, D), got {tuple(layer.linear_weight.shape)}"
+            )
     for name, tensors in (("rows", rows), ("shared", shared)):
         for tensor in tensors:
-            if not isinstance(tensor, Tensor):
+            if tensor is not None and not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must hold tensors, got {type(tensor).__name__}")
-    for row in rows:
-        if row.shape[: len(shape)] != shape:
+    for row in (*(layer.input[..., 0] for layer in layers), *rows):
+        if row is not None and row.shape[: len(shape)] != shape:
             raise ValueError(
                 f"rows must have the leading dimensions of input, {tuple(shape)}, "
                 f"got shape {tuple(row.shape)}"
@@ -122,10 +123,11 @@ def _tried(fn: Callable[..., Any], of: RowFunction, tensors: Tensors) -> tuple[i
         *(logits_of(_first(x, count), W, b, of.how) for x, W, b in layers),
         *(_first(t, count) if t is not None and is_row else t for t, is_row in pairs),
     )
+    will_differentiate = is_differentiated()
     with torch.enable_grad():
         results = fn(*given)
         every = _checked(lambda *_: results)(*given)
-        if is_differentiated() and any(map(is_moving, every)):
+        if will_differentiate and any(map(is_moving, every)):
             raise ValueError(
                 "fn must not depend on a tensor that is differentiated and that it is not given: "
                 "pass it in shared, or in rows where it has a row for each row"

@@ -156,6 +156,8 @@ def _start(model: SoftmaxRegression, objective: Objective) -> Point:
             "model, input and target must hold finite numbers of a moderate size, "
             f"got a loss of {point.value} at the start"
         )
+    if not bool(point.v.any()):
+        return point
     zero = objective.at(torch.zeros_like(v))
     return zero if zero.value < point.value else point
 
