@@ -7,9 +7,9 @@ import torch
 from tests.distributed.world import World
 from tests.helpers import ROOT
 from torch_softmax import SoftmaxRegression
+from torch_softmax.__main__ import main
 from torch_softmax.distributed.data_parallel import Ranks, join_ranks
 from torch_softmax.mnist.checkpoints import load_checkpoint
-from torch_softmax.mnist.commands import train as train_mnist
 from torch_softmax.mnist.data import BatchIndices
 from torch_softmax.mnist.training import batch_update
 
@@ -31,7 +31,7 @@ def two_processes(tmp_path_factory):
 
 
 def test_two_processes_train_the_weights_of_one(two_processes, tmp_path):
-    assert train_mnist.main([*OPTIONS, "--output-dir", str(tmp_path)]) == 0
+    assert main(["train", *OPTIONS, "--output-dir", str(tmp_path)]) == 0
     alone, together = load_checkpoint(tmp_path), load_checkpoint(two_processes[0])
     for name, weight in alone.model.items():
         torch.testing.assert_close(together.model[name], weight, rtol=0, atol=1e-6)

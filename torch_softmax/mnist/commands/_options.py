@@ -30,12 +30,11 @@ def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint, for `load_checkpoint`."""
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """Add RUN_DIR, for `load_checkpoint` and `run_directory`."""
     parser.add_argument(
-        "--checkpoint",
+        "run_dir",
         type=Path,
-        required=True,
-        metavar="PATH",
-        help="a model.pt of train_mnist.py, or the run directory that holds it",
+        metavar="RUN_DIR",
+        help="the directory of a training run, or the model.pt in it",
     )

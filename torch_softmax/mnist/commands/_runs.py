@@ -62,12 +62,8 @@ def new_run(args: argparse.Namespace, ranks: Ranks) -> Run:
 
 def resumed_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Go on with a run; what is given must not contradict it."""
-    directory = run_directory(args.resume)
+    directory = run_directory(args.run_dir)
     checkpoint = load_checkpoint(directory / CHECKPOINT_NAME)
-    if args.dataset not in ("auto", checkpoint.dataset):
-        raise ValueError(
-            f"dataset must be {checkpoint.dataset!r} as in the run so far, got {args.dataset!r}"
-        )
     checkpoint = checkpoint.with_settings(**given_settings(args))
     check_writable(directory)
     data = load(checkpoint.dataset, args.data_dir)
@@ -107,7 +103,7 @@ def check_unused(directory: Path) -> None:
     if any((directory / name).exists() for name in (CHECKPOINT_NAME, METRICS_NAME)):
         raise FileExistsError(
             f"output-dir {directory} holds a run already: name another directory, "
-            f"or go on with --resume {shlex.quote(str(directory))}"
+            f"or go on with it: python -m torch_softmax resume {shlex.quote(str(directory))}"
         )
 
 
