@@ -523,6 +523,14 @@ def test_an_interrupted_run_keeps_its_rows(output, monkeypatch, capsys):
     assert [row["name"] for row in table(output)] == ["first"]
 
 
+def test_nothing_is_written_unless_it_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(command.SECTIONS, "linear", lambda options: iter([row(name="first")]))
+    assert command.main(["--device=cpu", "--sections", "linear"]) == 0
+    assert "first" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_earlier_table_is_kept(output, capsys):
     output.write_text("hours of work")
     assert run(output) == 1
