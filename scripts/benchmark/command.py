@@ -1,7 +1,7 @@
 """Measure speed and memory of the losses beside torch's and other packages', and print a table.
 
     python -m scripts.benchmark                      # every section, some ten minutes
-    python -m scripts.benchmark --quick              # small shapes, about a minute
+    python -m scripts.benchmark --quick              # small shapes, a minute or two
     python -m scripts.benchmark --sections linear hvp --output linear.csv
 
 What can't be measured here is left out, with a line that says why.
@@ -93,7 +93,7 @@ def build_parser() -> Parser:
         const=["parallel"],
         help="the same as --sections parallel: classes sharded over processes",
     )
-    parser.add_argument("--quick", action="store_true", help="small shapes, about a minute")
+    parser.add_argument("--quick", action="store_true", help="small shapes, a minute or two")
     parser.add_argument(
         "--seconds",
         type=float,

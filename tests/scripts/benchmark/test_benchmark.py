@@ -356,7 +356,7 @@ def test_each_size_doubles_by_itself(monkeypatch, options, quick, sizes):
         growth, "measure", lambda problem, shapes, options: asked.extend(shapes) or []
     )
     list(growth.growth(options._replace(quick=quick)))
-    base = growth.BASE
+    base = growth.QUICK_BASE if quick else growth.BASE
     assert asked == [base] + [
         base._replace(**{size: getattr(base, size) * factor}) for size in sizes for factor in (2, 4)
     ]
