@@ -363,7 +363,7 @@ def test_each_size_doubles_by_itself(monkeypatch, options, quick, sizes):
 
 
 def test_growth_is_told_of_each_who_was_measured_throughout(monkeypatch, options):
-    shapes = growth.doubled(growth.BASE, "N")
+    shapes = growth.doubled(growth.QUICK_BASE, "N")
     rows = [
         *(row("growth", "ours", s, 2.0 * s.N, memory=70.0) for s in shapes),
         *(row("growth", "torch dense", s, 1.0 * s.N**2, memory=None) for s in shapes),
