@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from . import _checks as checks
 from . import functional
 from .losses._small import Batch, loss_and_predicted_if_small
-from .losses._targets import NO_OPTIONS, check_classes, logit_options_of, options_of
+from .losses._targets import (
+    NO_OPTIONS,
+    LogitOptions,
+    check_classes,
+    logit_options_of,
+    options_of,
+)
 
 
 class SoftmaxRegression(nn.Linear):
@@ -237,4 +243,8 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
-        return f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
+        words = [f"reduction={self.reduction!r}", f"label_smoothing={self.label_smoothing}"]
+        changed = LogitOptions(self.softcap, self.logit_scale, self.z_loss)
+        usual = LogitOptions()._asdict()
+        words += [f"{name}={v}" for name, v in changed._asdict().items() if v != usual[name]]
+        return ", ".join(words)
