@@ -22,6 +22,7 @@ from torch_softmax._command_line import Parser, add_device_option, choose_device
 from torch_softmax.mnist.commands._options import add_data_dir_option
 
 from .growth import growth
+from .heads import CAPPED, DISTILLATION, LOG_PROB
 from .losses import FORWARD, HVP, LINEAR, LOGITS, MNIST_STEP
 from .machine import machine
 from .measure import (
@@ -61,6 +62,10 @@ SECTIONS: dict[str, Section] = {
     "linear": compare(LINEAR, [LARGE, *LARGER], [SMALL]),
     "forward": compare(FORWARD, [LARGE], [SMALL]),
     "hvp": compare(HVP, [LARGE], [SMALL]),
+    **{
+        problem.section: compare(problem, [LARGER[0]], [SMALL])
+        for problem in (CAPPED, LOG_PROB, DISTILLATION)
+    },
     "growth": growth,
     "mnist-step": on_one_thread(compare(MNIST_STEP, [STEP], [STEP])),
     "mnist-epoch": on_one_thread(mnist_epoch),
