@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from scripts.check import gradients as check_gradients
 from scripts.check.gradients import main, on_logits
 from tests.helpers import one_line
+from torch_softmax.verify import audit
 
 
 def right(x, W, b, target, **options):
@@ -29,6 +30,7 @@ def implementations(monkeypatch):
         monkeypatch.setattr(check_gradients, "OURS", losses)
         monkeypatch.setattr(check_gradients, "IMPLEMENTATIONS", {**losses, "torch chunked": None})
         monkeypatch.setattr(check_gradients, "compiled", check_gradients.as_the_oracle)
+        monkeypatch.setattr(check_gradients, "reports_of_heads", lambda problem: iter(()))
 
     return replace
 
@@ -72,6 +74,24 @@ def test_a_column_that_this_torch_lacks_is_left_empty(implementations, capsys):
     main([])
     cells = table(capsys.readouterr().out).values()
     assert {row[-1] for row in list(cells)[1:]} == {"-"}
+
+
+@pytest.mark.parametrize(
+    ("fn", "status"), [(torch.exp, 0), (lambda x: x.detach().exp() + 0 * x, 1)]
+)
+def test_a_head_is_judged_by_its_worst_claim(implementations, monkeypatch, capsys, fn, status):
+    implementations(right)
+    report = audit(fn, [torch.ones(2, dtype=torch.float64, requires_grad=True)], torch.exp)
+    monkeypatch.setattr(check_gradients, "OURS", {"ours on logits": right, "ours fused": right})
+    monkeypatch.setattr(
+        check_gradients, "reports_of_heads", lambda problem: iter([("a head", report)])
+    )
+    monkeypatch.setattr(
+        check_gradients, "IMPLEMENTATIONS", {"ours on logits": right, "ours fused": right}
+    )
+    assert main([]) == status
+    _, cell, *_ = table(capsys.readouterr().out)["a head"]
+    assert cell == "SILENTLY" if status else float(cell) < 1e-12
 
 
 def test_json_holds_the_table(implementations, capsys, tmp_path):
