@@ -25,6 +25,7 @@ from ._autograd import (
     merge,
     scaled_,
     select,
+    vjp,
 )
 from ._dtypes import accumulation_dtype, outside_autocast
 from ._formulas import product
@@ -255,9 +256,6 @@ def sum_of_products(results: tuple[Tensor, ...], factors: Tensors) -> Tensor:
     pairs = zip(results, factors, strict=True)
     terms = [result if factor is None else product(factor, result) for result, factor in pairs]
     return functools.reduce(torch.add, terms).sum()
-
-
-vjp: Any = torch.func.vjp  # typed by torch as if it gave an auxiliary result too
 
 
 def split(values: Any, count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

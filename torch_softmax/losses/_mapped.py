@@ -23,10 +23,11 @@ from ._autograd import (
     is_transformed,
     may_take_gradients,
     merge,
+    pulled_back,
     select,
     taken_along,
 )
-from ._chunked import Plan, Total, cut, slices, split, vjp
+from ._chunked import Plan, Total, cut, slices, split
 from ._dtypes import accumulation_dtype, cast
 from ._products import add_pulled_to_classes_, multiplied_in, pull_to_rows
 from ._sweeps import How, Inputs, Logits, later, put, sums_of
@@ -216,7 +217,7 @@ def _values_and_gradients(
             def fn(*moving: Tensor, at: tuple[Any, ...] = at) -> tuple[Tensor, ...]:
                 return of.fn(*merge(at, mask, moving))
 
-            values, pull = vjp(fn, *select(at, mask))
+            values, pull = pulled_back(fn, *select(at, mask))
             _write(results, values, part, len(first))
             pulled = pull(_cotangents(values, cotangents, part))
             by_logits, by_others = split(merge((None,) * len(mask), mask, pulled), of.layers)

@@ -8,7 +8,6 @@ with logits z that are scaled and capped first. All are worked out relative to t
 import functools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import _checks as checks
@@ -21,6 +20,8 @@ from ._sweeps import Inputs, kept
 from ._targets import NO_OPTIONS, LogitOptions, fold
 from .linear import Layer
 from .mapped import how_of, tensors_of
+
+_NOTHING = -1e4  # e to this power is 0 in every dtype
 
 
 class LogProb(NamedTuple):
@@ -43,11 +44,13 @@ def row_log_probs(options: LogitOptions, z: Tensor, label: Tensor) -> tuple[Tens
     """The log-probability, entropy and lse of each row, (n,), and 1 where the label is first."""
     z = changed(z, options)
     top = formulas.top_of(z)
-    log_sum, gap = formulas.row_numbers(z, Target(label), top)
-    below = z - top
-    S = (below - log_sum.unsqueeze(1)).exp()
-    # A class whose logit is −∞ has no share, and neither has its 0 · ∞.
-    entropy = log_sum - (S * below.masked_fill(below == -torch.inf, 0)).sum(1)
+    gap = Target(label).below(top, z)
+    # A class whose logit is −∞ has no share of anything, while 0 · ∞ would be nan.
+    below = (z - top).clamp(min=_NOTHING)
+    shares = below.exp()
+    total = shares.sum(1)
+    log_sum = total.log()
+    entropy = log_sum - (shares * below).sum(1) / total
     is_first = (z.argmax(1) == label).to(z.dtype)
     return -(log_sum + gap), entropy, log_sum + top.squeeze(1), is_first
 
