@@ -15,6 +15,7 @@ import torch
 
 from torch_softmax.losses import (
     _autograd,
+    _capped,
     _chunked,
     _cross_entropy,
     _formulas,
@@ -22,6 +23,8 @@ from torch_softmax.losses import (
     _small,
     _sweeps,
     _targets,
+    distillation,
+    log_prob,
 )
 from torch_softmax.losses._formulas import Numbers, Target, times
 from torch_softmax.mnist import training
@@ -116,6 +119,22 @@ def unweighted_slope_of_target(hessian_product: Function) -> Function:
         result = hessian_product(point, change, across)
         one = point._replace(factors=point.factors._replace(t=None))
         return result._replace(by_p=hessian_product(one, change, across).by_p)
+
+    return mutant
+
+
+def capped_and_then_scaled(z: Any, options: Any) -> Any:
+    """The cap and the scale the other way round."""
+    cap = options.softcap
+    return (z if cap is None else torch.tanh(z / cap) * cap) * options.logit_scale
+
+
+def negative_entropy(row_log_probs: Function) -> Function:
+    """An entropy below 0."""
+
+    def mutant(*given: Any) -> Any:
+        log_prob, entropy, *others = row_log_probs(*given)
+        return log_prob, -entropy, *others
 
     return mutant
 
@@ -440,6 +459,28 @@ MUTANTS = [
     *mutants(
         _autograd,
         ("forward mode: off where it nests", "nested_forward_mode", lambda f: saved_alone),
+    ),
+    *mutants(
+        _capped,
+        ("capped: cap before the scale", "changed", lambda f: capped_and_then_scaled),
+        (
+            "capped: forget the z-loss",
+            "row_losses",
+            lambda f: lambda options, *rest: f(options._replace(z_loss=0.0), *rest),
+        ),
+    ),
+    *mutants(
+        log_prob,
+        ("log-prob: entropy of the wrong sign", "row_log_probs", negative_entropy),
+    ),
+    *mutants(
+        distillation,
+        ("distillation: KL the other way", "kl", lambda f: lambda log_p, log_q: f(log_q, log_p)),
+        (
+            "distillation: β for 1 − β",
+            "log_mean",
+            lambda f: lambda log_p, log_q, beta: f(log_p, log_q, 1 - beta),
+        ),
     ),
     *mutants(
         _objective.Objective,
