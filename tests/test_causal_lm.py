@@ -7,10 +7,14 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
+from tests.distributed.world import RankError, World
 from tests.helpers import NewTensors, assert_same, errors
 from torch_softmax.causal_lm import call_without_logits
 
@@ -283,6 +287,54 @@ def test_an_error_of_the_model_itself_is_raised_as_it_is():
 def test_labels_must_be_a_tensor(labels):
     with pytest.raises(TypeError, match="labels must be a tensor, got "):
         without_logits(Model(), tokens()[0], labels)
+
+
+# Ranks
+
+
+def wrapped(mesh, wrapper, model):
+    """A model whose gradients are averaged over ranks, by one of two ways of torch."""
+    if wrapper == "sharded":
+        fully_shard(model.embedding, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    return DistributedDataParallel(model)
+
+
+def averaged_gradients(mesh, wrapper, call):
+    """The gradients of a model for other rows on each rank."""
+    torch.manual_seed(0)
+    model = Model(partial(capped, 2.0))
+    torch.manual_seed(mesh.get_rank())
+    averaged = wrapped(mesh, wrapper, model)
+    call(averaged, *tokens()).loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    return [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+
+
+def call_with_a_sharded_head(mesh):
+    model = Model()
+    fully_shard(model.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    without_logits(model, *tokens())
+
+
+@pytest.fixture(scope="module")
+def world():
+    with World(2) as world:
+        yield world
+
+
+@pytest.mark.parametrize("wrapper", ["replicated", "sharded"])
+def test_gradients_are_averaged_over_ranks(wrapper, world):
+    ours, others = world.run(averaged_gradients, wrapper, without_logits)
+    expected, _ = world.run(averaged_gradients, wrapper, dense)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(others, ours, rtol=0, atol=0)
+
+
+def test_a_head_that_is_sharded_by_itself_is_refused(world):
+    with pytest.raises(RankError, match=r"the output head of model must .* got FSDPLinear"):
+        world.run(call_with_a_sharded_head)
 
 
 # Heads that are more than a weight and a bias
