@@ -1,6 +1,7 @@
 """The modules: their parameters and state, and that they pass all options on."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.helpers import (
     random_target,
 )
 from torch_softmax import CrossEntropyLoss, LinearCrossEntropyLoss, SoftmaxRegression
+from torch_softmax.functional import linear_cross_entropy
 
 N, D, K = 5, 3, 4
 OPTIONS = {
@@ -238,12 +240,12 @@ def test_linear_cross_entropy_loss_starts_as_that_of_torch():
 
 
 @needs_torch_head
-def test_arguments_of_linear_cross_entropy_loss_are_those_of_torch_but_for_the_chunk_size():
+def test_arguments_of_linear_cross_entropy_loss_begin_with_those_of_torch_but_for_the_chunk_size():
     *theirs, options = arguments_of(nn.LinearCrossEntropyLoss)
     assert options[0] == "options"
-    *ours, chunk_size, loss_dtype = arguments_of(LinearCrossEntropyLoss)
-    assert ours == theirs
-    assert (chunk_size[0], loss_dtype[0]) == ("chunk_size", "loss_dtype")
+    ours = arguments_of(LinearCrossEntropyLoss)
+    assert ours[: len(theirs)] == theirs
+    assert ours[len(theirs)][0] == "chunk_size"
 
 
 @every_option
@@ -293,6 +295,22 @@ def test_linear_cross_entropy_loss_has_second_derivatives(x, target):
     assert_differentiable(loss, *head.parameters())
 
 
+CHANGES = {"softcap": 2.0, "logit_scale": 0.5, "z_loss": 0.1}
+
+
+def test_linear_cross_entropy_loss_has_the_options_that_torch_lacks(x):
+    head = LinearCrossEntropyLoss(D, K, dtype=torch.float64, **CHANGES)
+    target, rows = torch.arange(N) % K, {"row_weight": torch.rand(N).double(), "count": 3}
+    expected = linear_cross_entropy(x, head.linear.weight, target, **CHANGES, **rows)
+    assert_same(head(x, target, **rows), expected)
+
+
+def test_representation_says_the_options_that_torch_lacks_where_they_are_given():
+    assert "softcap" not in repr(LinearCrossEntropyLoss(D, K))
+    words = "softcap=2.0, logit_scale=0.5, z_loss=0.1"
+    assert words in repr(LinearCrossEntropyLoss(D, K, **CHANGES))
+
+
 def test_representation_says_the_options():
     head = LinearCrossEntropyLoss(D, K, reduction="sum", label_smoothing=0.1)
     assert "reduction='sum', label_smoothing=0.1" in repr(head)
@@ -308,6 +326,9 @@ def test_representation_says_the_options():
         ({"label_smoothing": 2}, ValueError, r"label_smoothing must lie in \[0, 1\], got 2"),
         ({"ignore_index": "x"}, TypeError, "ignore_index must be an int, got 'x'"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+        ({"softcap": 0.0}, ValueError, "softcap must "),
+        ({"logit_scale": math.nan}, ValueError, "logit_scale must be finite, got nan"),
+        ({"z_loss": -1.0}, ValueError, "z_loss must "),
         (
             {"weight": torch.ones(3)},
             ValueError,

@@ -1,22 +1,18 @@
 """Validation at the public boundary, and the wording of every error that it raises."""
 
-import math
 import numbers
-import operator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class UserError(RuntimeError):
-    """Something that a user gave can't be used; the message is one line that says why."""
-
-
-def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless a named option is one of some words."""
-    if value not in choices:
-        words = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
-        raise ValueError(f"{name} must be {words}, got {value!r}")
+# Those that need no torch are there by this name too.
+from ._values import UserError as UserError
+from ._values import finite as finite
+from ._values import integer as integer
+from ._values import one_of as one_of
+from ._values import positive as positive
+from ._values import seed as seed
 
 
 def floating(name: str, value: object) -> None:
@@ -35,28 +31,6 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], reason: str) -> N
         )
 
 
-def positive(name: str, value: object) -> None:
-    """Raise unless a named argument is an int of at least 1."""
-    if integer(name, value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def seed(name: str, value: object) -> None:
-    """Raise unless a named argument is an int that every generator of torch takes as its seed."""
-    if not 0 <= integer(name, value) < 2**63:
-        raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {value}")
-
-
-def integer(name: str, value: object) -> int:
-    """Return a named argument as an int, or raise: NumPy's integers and 0-d tensors will do."""
-    try:
-        if isinstance(value, (bool, float)):
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}") from None
-
-
 def number(name: str, value: object) -> float:
     """Return a named argument as a float, or raise: NumPy's numbers and 0-d tensors will do."""
     if isinstance(value, Tensor) and value.requires_grad:
@@ -64,13 +38,6 @@ def number(name: str, value: object) -> float:
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
         return float(value)
     raise TypeError(f"{name} must be a float, got {value!r}")
-
-
-def finite(name: str, value: float, *, above_zero: bool = False) -> None:
-    """Raise unless a named number is finite and at least 0, or above it if so asked."""
-    if not (0 < value < math.inf or (value == 0 and not above_zero)):
-        bound = "above 0" if above_zero else "of at least 0"
-        raise ValueError(f"{name} must be a finite number {bound}, got {value}")
 
 
 def floating_dtype(name: str, value: object) -> None:
@@ -83,17 +50,25 @@ def target(
     value: object, labels_shape: tuple[int, ...], probabilities_shape: tuple[int, ...]
 ) -> None:
     """Raise unless a target holds class indices or probabilities, in the shape for either."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        shape("target", value, probabilities_shape, "for class probabilities")
+    else:
+        _class_indices(value, labels_shape, " or a floating-point dtype for class probabilities")
+
+
+def class_indices(value: object, expected: tuple[int, ...]) -> None:
+    """Raise unless a target holds class indices in a shape."""
+    _class_indices(value, expected, "")
+
+
+def _class_indices(value: object, expected: tuple[int, ...], or_else: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"target must be a tensor, got {type(value).__name__}")
-    if value.is_floating_point():
-        shape("target", value, probabilities_shape, "for class probabilities")
-    elif value.is_complex() or value.dtype == torch.bool:
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(
-            "target must have an integer dtype for class indices or a floating-point dtype for "
-            f"class probabilities, got {value.dtype}"
+            f"target must have an integer dtype for class indices{or_else}, got {value.dtype}"
         )
-    else:
-        shape("target", value, labels_shape, "for class indices")
+    shape("target", value, expected, "for class indices")
 
 
 def labels(value: Tensor, classes: int, ignore_index: int, *, wait: bool = False) -> bool:
@@ -126,32 +101,79 @@ def labels(value: Tensor, classes: int, ignore_index: int, *, wait: bool = False
     return True
 
 
-def linear_layer(input: object, linear_weight: object, linear_bias: object) -> None:
+class LayerNames(NamedTuple):
+    """What the arguments that are a linear layer are called."""
+
+    input: str = "input"
+    linear_weight: str = "linear_weight"
+    linear_bias: str = "linear_bias"
+
+
+OF_LAYER = LayerNames()
+
+
+def linear_layer(
+    input: object, linear_weight: object, linear_bias: object, names: LayerNames = OF_LAYER
+) -> None:
     """Raise unless an input and the weight and bias of a linear layer fit together."""
-    floating("input", input)
-    floating("linear_weight", linear_weight)
+    floating(names.input, input)
+    floating(names.linear_weight, linear_weight)
     assert isinstance(input, Tensor)
     assert isinstance(linear_weight, Tensor)
     if linear_weight.dim() < 2:
         raise ValueError(
-            "linear_weight must have at least the two dimensions (C, D), "
+            f"{names.linear_weight} must have at least the two dimensions (C, D), "
             f"got shape {tuple(linear_weight.shape)}"
         )
     features = linear_weight.shape[-1]
     if input.dim() == 0 or input.shape[-1] != features:
         raise ValueError(
-            f"input must have a last dimension of {features}, as linear_weight has, "
-            f"got shape {tuple(input.shape)}"
+            f"{names.input} must have a last dimension of {features}, as {names.linear_weight} "
+            f"has, got shape {tuple(input.shape)}"
         )
     if linear_weight.dim() > 2 and input.dim() != 2:
         raise ValueError(
-            "input must have the shape (N, D) for a linear_weight of more than two dimensions, "
-            f"got {tuple(input.shape)}"
+            f"{names.input} must have the shape (N, D) for a {names.linear_weight} of more than "
+            f"two dimensions, got {tuple(input.shape)}"
         )
     if linear_bias is not None:
-        floating("linear_bias", linear_bias)
+        floating(names.linear_bias, linear_bias)
         assert isinstance(linear_bias, Tensor)
-        shape("linear_bias", linear_bias, linear_weight.shape[:-1], "as linear_weight without D")
+        expected, reason = linear_weight.shape[:-1], f"as {names.linear_weight} without D"
+        shape(names.linear_bias, linear_bias, expected, reason)
+
+
+def layer_of_two_dimensions(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    names: LayerNames = OF_LAYER,
+) -> None:
+    """Raise unless the arguments are a linear layer of at least one class, with a W (C, D)."""
+    linear_layer(input, linear_weight, linear_bias, names)
+    if linear_weight.dim() != 2 or len(linear_weight) == 0:
+        raise ValueError(
+            f"{names.linear_weight} must have the shape (C, D) with at least one class, "
+            f"got {tuple(linear_weight.shape)}"
+        )
+
+
+def leading(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise unless a named tensor begins with the dimensions that the rows of input have."""
+    if tuple(value.shape[: len(expected)]) != tuple(expected):
+        raise ValueError(
+            f"{name} must have the leading dimensions of input, {tuple(expected)}, "
+            f"got shape {tuple(value.shape)}"
+        )
+
+
+def mask(value: object, expected: tuple[int, ...]) -> None:
+    """Raise unless a mask holds a bool for each row."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(value).__name__}")
+    if value.dtype != torch.bool:
+        raise TypeError(f"mask must have the dtype torch.bool, got {value.dtype}")
+    shape("mask", value, expected, "as input without D")
 
 
 def chunk_size(value: object) -> int | None:

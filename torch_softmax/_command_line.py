@@ -1,15 +1,19 @@
-"""What all commands share: their parser, the device, and how errors and Ctrl-C end them."""
+"""What all commands share: their parser, the device, and how errors and Ctrl-C end them.
+
+None of it loads torch before a command runs, so that --help answers at once.
+"""
 
 import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
+from ._values import UserError
 
-from ._checks import UserError
+if TYPE_CHECKING:
+    import torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,8 +46,10 @@ def add_device_option(parser: argparse.ArgumentParser, default: str = "auto") ->
     )
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> "torch.device":
     """The device of a name, or the best that torch finds for 'auto'."""
+    import torch  # slow, and needed only here
+
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

@@ -1,19 +1,29 @@
-"""The three functions, as drop-ins for those of `torch.nn.functional`."""
+"""The functions: drop-ins for those of `torch.nn.functional`, and more of a linear layer's."""
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks as checks
-from .losses import linear, logits
+from .losses import distillation, linear, log_prob, logits, mapped
 from .losses import softmax as _softmax
 from .losses._autograd import overridable, unwrapped
 from .losses._small import Batch, loss_if_small
 from .losses._targets import Options, logit_options_of, options_of, row_options_of
+from .losses.log_prob import LogProb
 
-__all__ = ["cross_entropy", "linear_cross_entropy", "softmax"]
+__all__ = [
+    "LogProb",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_distillation",
+    "linear_log_prob",
+    "map_logits",
+    "softmax",
+]
 
 
 @overridable
@@ -218,8 +228,204 @@ def linear_cross_entropy(
     return linear.linear_cross_entropy(layer, target, options, extra, chunk_size)
 
 
+@overridable
+def linear_log_prob(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+) -> LogProb:
+    """The log-probability of each label, with the entropy of its row, a few rows at a time.
+
+    log S_label and H = −Σ_k S_k log S_k with S = softmax(z) and z = x Wᵀ + b. Gradients of each,
+    alone or together, are computed in chunks as well, to any order.
+
+    Args:
+        input: x, (..., D) with any leading dimensions, of a floating-point dtype.
+        linear_weight: W, (C, D).
+        target: Class indices in [0, C), of an integer dtype and shape (...).
+        linear_bias: b, (C).
+        softcap: c, above 0, which the logits are kept within by c tanh(z / c), after their scale.
+        logit_scale: What the logits are multiplied with first; 1 / temperature of a sampler.
+        ignore_index: A class index whose rows have 0, 0, 0 and False, and gradient 0, whatever
+            they hold.
+        chunk_size: The rows whose logits are held at a time; None for as many as give 2²⁴ logits,
+            but at least 512.
+
+    Returns:
+        `(log_prob, entropy, logsumexp, correct)`, each of the shape of `target`: the first three in
+        float32 (float64 for float64), in nats, and last whether the label is the likeliest class.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes don't fit, a class index is out of range, or an option is unfit.
+        NotImplementedError: `linear_weight` is sharded.
+
+    Example:
+        >>> input, linear_weight = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [1.0]])
+        >>> of = linear_log_prob(input, linear_weight, torch.tensor([1, 0]))
+        >>> of.log_prob, of.correct
+        (tensor([-0.3133, -2.1269]), tensor([ True, False]))
+        >>> of.entropy
+        tensor([0.5822, 0.3653])
+
+    Source: Cover and Thomas, Elements of Information Theory (2006), equation 2.1, for the entropy.
+    """
+    layer = linear.Layer(input, linear_weight, linear_bias)
+    options = logit_options_of(softcap, logit_scale, 0.0)
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    chunk_size = checks.chunk_size(chunk_size)
+    _refuse_sharded("linear_log_prob", *layer, target)
+    return log_prob.linear_log_prob(layer, target, options, ignore_index, chunk_size)
+
+
+@overridable
+def linear_distillation(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    *,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    linear_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """How far a student's distribution is from a teacher's, a few rows of both logits at a time.
+
+    With the student's q = softmax(z / T), the teacher's p, and KL(p ‖ q) = Σ_k p_k log(p_k / q_k),
+    the divergence of a row is
+
+    - 'forward': T² KL(p ‖ q),
+    - 'reverse': T² KL(q ‖ p),
+    - 'jsd': T² (β KL(p ‖ m) + (1 − β) KL(q ‖ m)) with m = β p + (1 − β) q.
+
+    The factor T² keeps the size of the gradients, which T scales with 1/T²; divide by it where
+    another code has none. Gradients go to the teacher too where it requires them.
+
+    Args:
+        input: The student's x, (..., D) with any leading dimensions, of a floating-point dtype.
+        linear_weight: Its W, (C, D).
+        teacher_input: The teacher's x, (..., E), with the same leading dimensions.
+        teacher_weight: Its W, (C, E).
+        divergence: 'forward', 'reverse' or 'jsd'.
+        beta: β, strictly between 0 and 1, of 'jsd'.
+        temperature: T, above 0, which both logits are divided by.
+        linear_bias: The student's b, (C).
+        teacher_bias: The teacher's b, (C).
+        reduction: 'mean' (over the rows that count), 'sum' or 'none'.
+        mask: Which rows count, a bool (...); the others add nothing, whatever they hold. None for
+            all of them.
+        chunk_size: The rows whose logits are held at a time; None for as many as give 2²⁴ logits
+            of either, but at least 512.
+
+    Returns:
+        The divergence in float32 (float64 for float64), in nats: a scalar, or (...) for 'none'. The
+        mean over no rows at all is nan, and its gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes don't fit, or an option is unknown or unfit.
+        NotImplementedError: A weight is sharded.
+
+    Example:
+        >>> rows, weight = torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]])
+        >>> linear_distillation(rows, weight, rows, weight).item()
+        0.0
+        >>> linear_distillation(rows, weight, 2 * rows, weight, divergence="reverse")
+        tensor(0.1601)
+
+    Source: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (2015), section
+    2; Agarwal et al., On-Policy Distillation of Language Models (2024), equation 1, for 'jsd'.
+    """
+    options = distillation.divergence_of(divergence, beta, temperature)
+    student = linear.Layer(input, linear_weight, linear_bias)
+    teacher = linear.Layer(teacher_input, teacher_weight, teacher_bias)
+    chunk_size = checks.chunk_size(chunk_size)
+    _refuse_sharded("linear_distillation", *student, *teacher, mask)
+    return distillation.linear_distillation(student, teacher, options, reduction, mask, chunk_size)
+
+
+@overridable
+def map_logits(
+    fn: Callable[..., Any],
+    input: Tensor,
+    linear_weight: Tensor,
+    *rows: Tensor | None,
+    linear_bias: Tensor | None = None,
+    shared: Sequence[Tensor | None] = (),
+    reduction: str = "none",
+    chunk_size: int | None = None,
+) -> Any:
+    """Any function of a linear layer's logits, worked out and differentiated a few rows at a time.
+
+    What `fn(z, *rows, *shared)` gives for z = x Wᵀ + b, which is never held for more than
+    `chunk_size` rows. Its derivatives are those of `fn` in chunks too, of every order and in every
+    mode that `fn` has, for all the tensors that it is given.
+
+    Args:
+        fn: The results (n, ...), a tensor or a tuple of tensors, for the logits (n, C) of any few
+            rows, the same rows of each of `rows`, and each of `shared` whole. It must work out each
+            row for itself, from what it is given: with the same numbers each time, and in
+            operations that can be differentiated. Half precision comes as float32 logits.
+        input: x, (..., D) with any leading dimensions, of a floating-point dtype.
+        linear_weight: W, (C, D).
+        rows: Tensors with these leading dimensions, and any further ones; or None.
+        linear_bias: b, (C).
+        shared: Tensors that all rows need, such as a weight for each class; or None.
+        reduction: 'none', or 'sum' or 'mean' over the rows. Where `fn` returns one tensor, these
+            take the gradients along in the forward pass, for three matrix products in all.
+        chunk_size: The rows whose logits are held at a time; None for as many as give 2²⁴ logits,
+            but at least 512.
+
+    Returns:
+        What `fn` returns, (..., ...) with the leading dimensions of `input`; or without them where
+        it is reduced. The mean over no rows at all is nan, and its gradient 0.
+
+    Raises:
+        TypeError: An argument, or what `fn` returns, has the wrong type or dtype.
+        ValueError: Shapes don't fit; `fn` returns no row for each row; it returns other numbers
+            when it is called again, or depends on a tensor that is differentiated and that it was
+            not given.
+        NotImplementedError: `linear_weight` is sharded.
+
+    Example:
+        >>> def focal(logits, label):  # (1 − S_label)² (−log S_label)
+        ...     log_prob = logits.log_softmax(1).gather(1, label.unsqueeze(1)).squeeze(1)
+        ...     return (1 - log_prob.exp()) ** 2 * -log_prob
+        >>> input, linear_weight = torch.eye(2), torch.zeros(3, 2, requires_grad=True)
+        >>> loss = map_logits(focal, input, linear_weight, torch.tensor([0, 2]), reduction="mean")
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.4883
+
+    Source: Lin et al., Focal Loss for Dense Object Detection (2017), equation 4, for the example.
+    """
+    layer = linear.Layer(input, linear_weight, linear_bias)
+    chunk_size = checks.chunk_size(chunk_size)
+    _refuse_sharded("map_logits", *layer, *rows, *shared)
+    return mapped.map_logits(
+        fn, [layer], rows, tuple(shared), reduction=reduction, chunk_size=chunk_size
+    )
+
+
 def _any_sharded(*tensors: Any) -> bool:
     """Whether a tensor lies on a device mesh, as a DTensor."""
     # Whoever made one has imported this, and nobody else should wait for it.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(unwrapped(t), module.DTensor) for t in tensors)
+
+
+def _refuse_sharded(name: str, *tensors: Any) -> None:
+    """Raise where a tensor is sharded, of which a rank would see only a part."""
+    if _any_sharded(*tensors):
+        raise NotImplementedError(f"{name} needs whole tensors, got one that is sharded")

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from . import _checks as checks
 from . import functional
 from .losses._small import Batch, loss_and_predicted_if_small
-from .losses._targets import NO_OPTIONS, check_classes, options_of
+from .losses._targets import (
+    NO_OPTIONS,
+    LogitOptions,
+    check_classes,
+    logit_options_of,
+    options_of,
+)
 
 
 class SoftmaxRegression(nn.Linear):
@@ -143,6 +149,8 @@ class LinearCrossEntropyLoss(nn.Module):
         bias: Whether the linear layer has a bias.
         device, dtype: Those of the parameters.
         reduction, weight, ignore_index, label_smoothing, chunk_size: As in the function.
+        loss_dtype: Its `dtype`.
+        softcap, logit_scale, z_loss: As in the function.
 
     Example:
         >>> head = LinearCrossEntropyLoss(2, 3)
@@ -169,6 +177,9 @@ class LinearCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0.0,
         chunk_size: int | None = None,
         loss_dtype: torch.dtype | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
         checks.positive("in_features", in_features)
@@ -177,6 +188,8 @@ class LinearCrossEntropyLoss(nn.Module):
         options_of(weight, ignored, reduction, label_smoothing, loss_dtype)
         check_classes(num_classes, weight)
         checks.chunk_size(chunk_size)
+        changed = logit_options_of(softcap, logit_scale, z_loss)
+        self.softcap, self.logit_scale, self.z_loss = changed
         self.num_classes = num_classes
         self.out_features = out_features
         self.reduction = reduction
@@ -189,8 +202,22 @@ class LinearCrossEntropyLoss(nn.Module):
         outputs = math.prod(out_features, start=num_classes)
         self.linear = nn.Linear(in_features, outputs, bias, device, dtype)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of inputs (..., D), or (N, D) with `out_features`."""
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        count: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss of inputs (..., D), or (N, D) with `out_features`.
+
+        Args:
+            input: x.
+            target: Class indices or probabilities.
+            row_weight: What the loss of each row is multiplied with.
+            count: What a mean divides by.
+        """
         weight, bias = self.linear.weight, self.linear.bias
         if self.out_features:
             shape = (self.num_classes, *self.out_features)
@@ -207,8 +234,17 @@ class LinearCrossEntropyLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             chunk_size=self.chunk_size,
             dtype=self.loss_dtype,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            z_loss=self.z_loss,
+            row_weight=row_weight,
+            count=count,
         )
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
-        return f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
+        words = [f"reduction={self.reduction!r}", f"label_smoothing={self.label_smoothing}"]
+        changed = LogitOptions(self.softcap, self.logit_scale, self.z_loss)
+        usual = LogitOptions()._asdict()
+        words += [f"{name}={v}" for name, v in changed._asdict().items() if v != usual[name]]
+        return ", ".join(words)

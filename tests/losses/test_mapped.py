@@ -6,8 +6,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from tests.helpers import assert_differentiable, assert_same, randn
+from torch_softmax.functional import map_logits
+from torch_softmax.losses import mapped
 from torch_softmax.losses.linear import Layer
-from torch_softmax.losses.mapped import map_logits
 
 N, D, K = 7, 3, 40
 
@@ -35,7 +36,7 @@ def problem(classes=K):
 
 def in_chunks(fn, label, **options):
     def applied(x, W, b, factor, scale):
-        return map_logits(fn, [Layer(x, W, b)], (label, factor), (scale,), **options)
+        return map_logits(fn, x, W, label, factor, linear_bias=b, shared=(scale,), **options)
 
     return applied
 
@@ -106,7 +107,7 @@ def test_logits_of_two_layers(reduction):
 
     def actual(x, W, other_x, other_W):
         layers = [Layer(x, W, None), Layer(other_x, other_W, None)]
-        return map_logits(divergence, layers, (), reduction=reduction, chunk_size=3)
+        return mapped.map_logits(divergence, layers, (), reduction=reduction, chunk_size=3)
 
     def expected(x, W, other_x, other_W):
         rows = divergence(x @ W.t(), other_x @ other_W.t())
@@ -120,14 +121,14 @@ def test_logits_of_two_layers(reduction):
 
 def test_leading_dimensions_are_those_of_the_results():
     x, W = randn(2, 3, D), randn(K, D)
-    assert_same(map_logits(torch.tanh, [Layer(x, W, None)], ()), (x @ W.t()).tanh())
+    assert_same(map_logits(torch.tanh, x, W), (x @ W.t()).tanh())
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum"])
+@every_reduction
 def test_no_rows_at_all(reduction):
     x, W = randn(0, D), randn(K, D)
-    result = map_logits(lambda z: z.sum(1), [Layer(x, W, None)], (), reduction=reduction)
-    assert result.numel() == (reduction == "sum")
+    result = map_logits(lambda z: z.sum(1), x, W, reduction=reduction)
+    assert result.numel() == (reduction != "none")
     assert not torch.autograd.grad(result.sum(), W)[0].any()
 
 
@@ -162,14 +163,14 @@ CAPTURED = "fn must not depend on a tensor that is differentiated"
 
 def of_captured(t):
     x, W = randn(N, D).detach(), randn(K, D).detach()
-    return map_logits(lambda z: z.sum(1) * t, [Layer(x, W, None)], ()).sum()
+    return map_logits(lambda z: z.sum(1) * t, x, W).sum()
 
 
 def by_input_of_captured(t):
     W = randn(K, D).detach()
 
     def of_input(x):
-        return map_logits(lambda z: z.sum(1) * t, [Layer(x, W, None)], ()).sum()
+        return map_logits(lambda z: z.sum(1) * t, x, W).sum()
 
     return torch.func.grad(of_input)(randn(N, D).detach()).sum()
 
@@ -211,9 +212,23 @@ def test_a_captured_parameter_is_fine_without_gradients():
 )
 def test_a_function_that_can_not_be_worked_out_in_chunks_raises(fn, error, message):
     with pytest.raises(error, match=message):
-        map_logits(fn, [Layer(randn(N, D), randn(K, D), None)], ())
+        map_logits(fn, randn(N, D), randn(K, D))
 
 
 def test_rows_of_another_number_raise():
     with pytest.raises(ValueError, match="rows must have the leading dimensions of input"):
-        map_logits(lambda z, r: r, [Layer(randn(N, D), randn(K, D), None)], (randn(N + 1),))
+        map_logits(lambda z, r: r, randn(N, D), randn(K, D), randn(N + 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"reduction": "avg"}, ValueError, "reduction must be 'none', 'mean' or 'sum', got 'avg'"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
+        ({"shared": (3,)}, TypeError, "shared must hold tensors, got int"),
+        ({"linear_bias": torch.zeros(4)}, ValueError, "linear_bias must have shape"),
+    ],
+)
+def test_an_unfit_argument_is_named(changes, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        map_logits(lambda z, *_: z.sum(1), randn(N, D), randn(K, D), **changes)

@@ -1,6 +1,7 @@
 """From inputs and options to a loss: what the losses of logits and of a linear layer share."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -87,11 +88,15 @@ def weighted(loss: Tensor, terms: Terms) -> Tensor:
 
 def reduced(total: Tensor, terms: Terms, reduction: str) -> Tensor:
     """The sum of all losses, or their mean."""
-    if reduction == "mean":
-        total = total / terms.divisor
-        if terms.empty is not None:
-            total = total.masked_fill(terms.empty, terms.of_none)
-    return total
+    return total if reduction == "sum" else mean_over(total, terms.divisor, terms.of_none)
+
+
+def mean_over(total: Tensor, count: Tensor | int, of_none: float = math.nan) -> Tensor:
+    """A total over a count; the mean over none is mostly nan, as torch has it, its gradient 0."""
+    if isinstance(count, int) and count > 0:
+        return total / count
+    empty = torch.as_tensor(count, device=total.device) == 0
+    return (total / torch.where(empty, 1, count)).masked_fill(empty, of_none)
 
 
 def _factors(terms: Terms, how: How) -> Factors:

@@ -110,9 +110,8 @@ class Terms(NamedTuple):
     y: Target
     mass: Tensor | None  # (N,), Σ_k y_k; None for 1
     keep: Tensor | None  # (N,) bool, False where the target is ignored; None where none can be
-    divisor: Tensor | int  # what a mean divides by: the weight of all targets; 1 where that is 0
-    empty: Tensor | None  # () bool, whether it is 0; None where it can't be
-    of_none: float = math.nan  # their mean then
+    divisor: Tensor | int  # what a mean divides by: the weight of all targets
+    of_none: float = math.nan  # their mean where that is 0
     factor: Tensor | None = None  # (N,), what the loss of a row is multiplied with; None for 1
 
     def factor_of_kept(self, dtype: torch.dtype) -> Tensor | None:
@@ -130,8 +129,7 @@ class Terms(NamedTuple):
             terms = terms._replace(factor=rows.weight.flatten().to(dtype))
         if rows.divisor is not None:
             count = torch.as_tensor(rows.divisor, dtype=dtype, device=self.y.target.device)
-            empty = count == 0
-            terms = terms._replace(divisor=torch.where(empty, 1, count), empty=empty, of_none=0.0)
+            terms = terms._replace(divisor=count, of_none=0.0)
         return terms
 
 
@@ -171,7 +169,7 @@ def _of_probabilities(
     mass = p.sum(1, dtype=dtype) if scale is None else p.to(dtype) @ scale
     if floor is not None:
         mass = mass + floor.sum()
-    return _terms(Target(p, None, scale, floor), mass, None, count)
+    return Terms(Target(p, None, scale, floor), mass, None, count)
 
 
 def _of_labels(
@@ -193,11 +191,4 @@ def _of_labels(
         floor = (ones if weight is None else weight) * (smoothing / classes)
         hot = (torch.ones_like(label, dtype=dtype) if hot is None else hot) * (1 - smoothing)
         mass = None if weight is None else hot + floor.sum()
-    return _terms(Target(label, hot, None, floor), mass, keep, divisor)
-
-
-def _terms(y: Target, mass: Tensor | None, keep: Tensor | None, divisor: Tensor | int) -> Terms:
-    if isinstance(divisor, int) and divisor > 0:
-        return Terms(y, mass, keep, divisor, None)
-    empty = torch.as_tensor(divisor, device=y.target.device) == 0
-    return Terms(y, mass, keep, torch.where(empty, 1, divisor), empty)
+    return Terms(Target(label, hot, None, floor), mass, keep, divisor)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .. import _checks as checks
 from ._autograd import Tensors, at_rest, is_differentiated, is_in_func, is_moving
-from ._dtypes import accumulation_dtype, outside_autocast, product_dtype
+from ._cross_entropy import mean_over
+from ._dtypes import accumulation_dtype, outside_autocast, product_dtype, widest
 from ._mapped import RowFunction, logits_of, results_of, total_of
-from ._products import multiplied_in
 from ._sweeps import How
+from ._targets import REDUCTIONS
 from .linear import Layer, default_chunk_size
 
 # Rows that a function is tried on, to see what it returns.
@@ -23,8 +24,8 @@ _TRIED = 2
 def map_logits(
     fn: Callable[..., Any],
     layers: Sequence[Layer],
-    rows: tuple[Tensor | None, ...],
-    shared: tuple[Tensor | None, ...] = (),
+    rows: Tensors,
+    shared: Tensors = (),
     *,
     reduction: str = "none",
     chunk_size: int | None = None,
@@ -37,33 +38,43 @@ def map_logits(
         TypeError: A tensor is none.
         ValueError: Shapes don't fit, or the function can't be worked out in chunks; see `_tried`.
     """
+    checks.one_of("reduction", reduction, REDUCTIONS)
     _check(layers, rows, shared)
     first, *_ = layers
-    *shape, features = first.input.shape
-    count, (classes, *_) = math.prod(shape), first.linear_weight.shape
-    dtype = product_dtype(*(tensor for layer in layers for tensor in layer))
-    step = chunk_size or default_chunk_size(classes, features, first.input.device)
-    logits = multiplied_in(dtype, first.input.device)
-    how = How(step, accumulation_dtype(dtype), logits)
-    tensors = [t for layer in layers for t in layer.to(dtype).flat()]
-    tensors += [t if t is None else t.reshape(count, *t.shape[len(shape) :]) for t in rows]
-    every = (*tensors, *shared)
+    *shape, _ = first.input.shape
+    count = math.prod(shape)
+    flat = (t if t is None else t.reshape(count, *t.shape[len(shape) :]) for t in rows)
+    tensors = (*tensors_of(layers), *flat, *shared)
     rows_in = (*(True for _ in rows), *(False for _ in shared))
-    of = RowFunction(_checked(fn), len(layers), rows_in, 0, how)
+    of = RowFunction(_checked(fn), len(layers), rows_in, 0, how_of(layers, chunk_size))
     with outside_autocast(first.input):
-        results, is_alone = _tried(fn, of, every)
+        results, is_alone = _tried(fn, of, tensors)
         of = replace(of, results=results)
         if reduction != "none" and is_alone:
-            total = total_of(of, every)
-            return total / count if reduction == "mean" else total
-        values = results_of(of, every)
-    if reduction == "none":
-        values = tuple(value.reshape(*shape, *value.shape[1:]) for value in values)
-    else:
-        values = tuple(value.sum(0) for value in values)
+            values: tuple[Tensor, ...] = (total_of(of, tensors),)
+        else:
+            values = results_of(of, tensors)
+            if reduction == "none":
+                values = tuple(value.reshape(*shape, *value.shape[1:]) for value in values)
+            else:
+                values = tuple(value.sum(0) for value in values)
         if reduction == "mean":
-            values = tuple(value / count for value in values)
+            values = tuple(mean_over(value, count) for value in values)
     return values[0] if is_alone else values
+
+
+def tensors_of(layers: Sequence[Layer]) -> Tensors:
+    """The x (N, D), W and b of each layer, in the dtype that each has its products in."""
+    return tuple(t for layer in layers for t in layer.to(product_dtype(*layer)).flat())
+
+
+def how_of(layers: Sequence[Layer], chunk_size: int | None) -> How:
+    """How the logits of some layers are worked out: those of half precision in float32."""
+    first, *_ = layers
+    classes, features = first.linear_weight.shape
+    dtype = accumulation_dtype(widest(*(product_dtype(*layer) for layer in layers)))
+    step = chunk_size or default_chunk_size(classes, features, first.input.device)
+    return How(step, dtype, dtype)
 
 
 def _check(layers: Sequence[Layer], rows: Tensors, shared: Tensors) -> None:
@@ -71,21 +82,15 @@ def _check(layers: Sequence[Layer], rows: Tensors, shared: Tensors) -> None:
     first, *_ = layers
     shape = first.input.shape[:-1]
     for layer in layers:
-        checks.linear_layer(*layer)
-        if layer.linear_weight.dim() != 2:
-            raise ValueError(
-                f"linear_weight must have shape (C, D), got {tuple(layer.linear_weight.shape)}"
-            )
+        checks.layer_of_two_dimensions(*layer)
+        checks.leading("input", layer.input, shape)
     for name, tensors in (("rows", rows), ("shared", shared)):
         for tensor in tensors:
             if tensor is not None and not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must hold tensors, got {type(tensor).__name__}")
-    for row in (*(layer.input[..., 0] for layer in layers), *rows):
-        if row is not None and row.shape[: len(shape)] != shape:
-            raise ValueError(
-                f"rows must have the leading dimensions of input, {tuple(shape)}, "
-                f"got shape {tuple(row.shape)}"
-            )
+    for row in rows:
+        if row is not None:
+            checks.leading("rows", row, shape)
 
 
 def _checked(fn: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:

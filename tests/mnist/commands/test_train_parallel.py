@@ -9,9 +9,9 @@ import torch
 from tests.distributed.world import World
 from tests.helpers import ROOT
 from torch_softmax import SoftmaxRegression
+from torch_softmax.__main__ import main
 from torch_softmax.distributed.data_parallel import Ranks, join_ranks
 from torch_softmax.mnist.checkpoints import load_checkpoint
-from torch_softmax.mnist.commands import train as train_mnist
 from torch_softmax.mnist.data import BatchIndices, DataError
 from torch_softmax.mnist.training import batch_update
 
@@ -32,7 +32,7 @@ def two_processes(tmp_path_factory):
 
 
 def test_two_processes_train_the_weights_of_one(two_processes, tmp_path):
-    assert train_mnist.main([*OPTIONS, "--output-dir", str(tmp_path)]) == 0
+    assert main(["train", *OPTIONS, "--output-dir", str(tmp_path)]) == 0
     alone, together = load_checkpoint(tmp_path), load_checkpoint(two_processes[0])
     for name, weight in alone.model.items():
         torch.testing.assert_close(together.model[name], weight, rtol=0, atol=1e-6)
@@ -48,7 +48,7 @@ def test_only_the_first_process_reports(two_processes):
 
 def lines_of_ours(printed):
     """What the processes have printed, without what torchrun adds."""
-    return [line for line in printed.splitlines() if line.startswith("train_mnist.py: ")]
+    return [line for line in printed.splitlines() if line.startswith("torch-softmax train: ")]
 
 
 def test_data_that_cannot_be_had_are_one_line_of_all_processes(tmp_path):
@@ -57,15 +57,15 @@ def test_data_that_cannot_be_had_are_one_line_of_all_processes(tmp_path):
     script.write_text(
         "from torchvision.datasets import MNIST\n"
         "MNIST.mirrors = ['http://127.0.0.1:1/']\n"
-        "from torch_softmax.mnist.commands.train import main\n"
+        "from torch_softmax.__main__ import main\n"
         "raise SystemExit(main())\n"
     )
     data = ["--dataset=mnist", f"--data-dir={tmp_path}", "--device=cpu"]
-    run = [*TORCHRUN, script, *data, f"--output-dir={tmp_path / 'run'}"]
+    run = [*TORCHRUN, script, "train", *data, f"--output-dir={tmp_path / 'run'}"]
     result = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
     (line,) = lines_of_ours(result.stderr)
-    assert line.startswith(f"train_mnist.py: MNIST is not in {tmp_path / 'MNIST' / 'raw'}")
+    assert line.startswith(f"torch-softmax train: MNIST is not in {tmp_path / 'MNIST' / 'raw'}")
     # The one traceback is torchrun's own, about processes that have ended.
     assert result.stderr.count("Traceback") == 1
     assert "DataNotFoundError" not in result.stderr
@@ -95,8 +95,8 @@ def test_an_interruption_of_torchrun_tells_how_to_go_on_with_it(tmp_path):
     directory = tmp_path / "run"
     (line,) = lines_of_ours(interrupted_under_torchrun(directory))
     assert line == (
-        "train_mnist.py: interrupted; go on with: torchrun --nproc-per-node 2 "
-        f"train_mnist.py --resume {directory} --device cpu"
+        "torch-softmax train: interrupted; go on with: torchrun --nproc-per-node 2 "
+        f"-m torch_softmax resume {directory} --device cpu"
     )
     assert load_checkpoint(directory).epoch > 0
 

@@ -16,7 +16,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="auto (the default) is mnist if it is on disk or can be downloaded, else digits, "
         "which are part of the package",
     )
-    add_run_data_dir_option(data)
+    add_data_dir_option(data)
 
 
 def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
@@ -41,12 +41,11 @@ def add_run_data_dir_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint, for `load_checkpoint`."""
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """Add RUN_DIR, for `load_checkpoint` and `run_directory`."""
     parser.add_argument(
-        "--checkpoint",
+        "run_dir",
         type=Path,
-        required=True,
-        metavar="PATH",
-        help="a model.pt of train_mnist.py, or the run directory that holds it",
+        metavar="RUN_DIR",
+        help="the directory of a training run, or the model.pt in it",
     )

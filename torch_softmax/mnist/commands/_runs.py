@@ -26,7 +26,6 @@ from ..checkpoints import (
 )
 from ..data import TrainTest, load_dataset
 from ..settings import DEFAULTS, OF_SGD, UNITS, Settings, newton_defaults
-from ..sources import DEFAULT_DATA_DIR
 from ..training import Score
 
 METRICS_NAME = "metrics.json"
@@ -49,8 +48,9 @@ def new_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     check_given(given, ranks)  # before any data are loaded
     if args.output_dir is not None and ranks.is_first:
         check_unused(args.output_dir)
-    place = args.data_dir or DEFAULT_DATA_DIR
-    data = load_dataset(args.dataset, place, notify=lambda line: print(line, file=sys.stderr))
+    data = load_dataset(
+        args.dataset, args.data_dir, notify=lambda line: print(line, file=sys.stderr)
+    )
     is_newton = given.get("optimizer") == "newton"
     defaults = newton_defaults(len(data.train)) if is_newton else DEFAULTS[data.name]
     settings = replace(defaults, **given)
@@ -64,12 +64,8 @@ def new_run(args: argparse.Namespace, ranks: Ranks) -> Run:
 
 def resumed_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Go on with a run; what is given must not contradict it."""
-    directory = run_directory(args.resume)
+    directory = run_directory(args.run_dir)
     checkpoint = load_checkpoint(directory / CHECKPOINT_NAME)
-    if args.dataset not in ("auto", checkpoint.dataset):
-        raise ValueError(
-            f"dataset must be {checkpoint.dataset!r} as in the run so far, got {args.dataset!r}"
-        )
     checkpoint = checkpoint.with_settings(**given_settings(args))
     check_writable(directory)
     data = checkpoint.load_data(args.data_dir)
@@ -107,7 +103,7 @@ def check_unused(directory: Path) -> None:
     if any((directory / name).exists() for name in (CHECKPOINT_NAME, METRICS_NAME)):
         raise FileExistsError(
             f"output-dir {directory} holds a run already: name another directory, "
-            f"or go on with --resume {shlex.quote(str(directory))}"
+            f"or go on with it: python -m torch_softmax resume {shlex.quote(str(directory))}"
         )
 
 

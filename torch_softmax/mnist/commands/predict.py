@@ -1,7 +1,7 @@
 """Tell what is drawn in pictures: one character each, as PNG, JPEG or the like.
 
-    python scripts/predict.py --checkpoint runs/short photo.jpg scans/
-    python scripts/predict.py --checkpoint runs/short --json scans/ > predictions.json
+    torch-softmax predict runs/short photo.jpg scans/
+    torch-softmax predict runs/short --json scans/ > predictions.json
 
 A picture may have any size and colours, dark ink on light or light ink on dark. It is cropped,
 scaled and centred as the images were that the classifier was trained on (see `mnist.images`).
@@ -21,7 +21,6 @@ import torch
 from tqdm import tqdm
 
 from ... import SoftmaxRegression
-from ..._command_line import Parser, run_command
 from ..checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from ..images import (
     FORMATS,
@@ -32,49 +31,18 @@ from ..images import (
     normalize,
     read_image,
 )
-from ._options import add_checkpoint_option
 
 WIDTH = 56  # columns of a bar for 100 %
 SHOWN = 0.01  # the least probability that has a bar of its own
 
 
-def build_parser() -> Parser:
-    """The options, with their help."""
-    parser = Parser(
-        prog="predict.py",
-        description="Tell what is drawn in pictures, one character each, and how sure that is.",
-        example="python scripts/predict.py --checkpoint runs/short photo.jpg scans/",
-    )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE",
-        help="a picture, or a folder: then each picture in it, in order of name",
-    )
-    add_checkpoint_option(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON array of all results instead"
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    unusable: list[Path] = []
-    status = run_command(parser, lambda: predict(args, unusable))
-    return status or int(len(unusable) > 0)
-
-
-def predict(args: argparse.Namespace, unusable: list[Path]) -> None:
-    """Print what each picture shows, and collect those that can't be used."""
+def run(args: argparse.Namespace) -> int:
+    """Print what each picture shows; return 1 where one can't be used."""
     if "OMP_NUM_THREADS" not in os.environ:
         # A picture is too little work to share: where another process holds a core, waiting for
         # the second thread takes twenty times as long as the work.
         torch.set_num_threads(1)
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(args.run_dir)
     model, frame = checkpoint.build_model(), frame_of(checkpoint)
     results = []
     paths = list(find_images(args.images))
@@ -83,15 +51,15 @@ def predict(args: argparse.Namespace, unusable: list[Path]) -> None:
         try:
             result = classify(path, model, frame)
         except ImageError as error:
-            tqdm.write(f"predict.py: {error}", file=sys.stderr)
+            tqdm.write(f"{args.parser.prog}: {error}", file=sys.stderr)
             result = {"path": str(path), "error": str(error)}
-            unusable.append(path)
         else:
             if not args.json:
                 tqdm.write(chart(result))
         results.append(result)
     if args.json:
         print(json.dumps(results, indent=2))
+    return int(any("error" in result for result in results))
 
 
 def frame_of(checkpoint: Checkpoint) -> Frame:

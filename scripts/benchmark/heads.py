@@ -1,0 +1,92 @@
+"""The problems of what else is asked of a layer's logits, with gradients: who contends in them."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_softmax.functional import linear_cross_entropy, linear_distillation, linear_log_prob
+
+from .losses import gradients, layer, layer_with_gradients, products
+from .measure import Place, Problem, Results, Shape
+
+SOFTCAP, Z_LOSS = 30.0, 1e-4
+ENTROPY = 0.01  # its share in the objective
+
+
+def student_and_teacher(shape: Shape, place: Place) -> Results:
+    """Rows and weights of a student in the midst of a model, and of a teacher that is frozen."""
+    x, W, _ = layer_with_gradients(shape, place)
+    teacher_x, teacher_W, _ = layer(shape, place)
+    return x, W, teacher_x, teacher_W
+
+
+def dense_distillation(x: Tensor, W: Tensor, teacher_x: Tensor, teacher_W: Tensor) -> Tensor:
+    """The forward KL of all logits at once."""
+    student, teacher = (F.linear(*of).log_softmax(1) for of in ((x, W), (teacher_x, teacher_W)))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def dense_capped(x: Tensor, W: Tensor, target: Tensor) -> Tensor:
+    """The loss of capped logits with its z-loss."""
+    z = SOFTCAP * torch.tanh(F.linear(x, W) / SOFTCAP)
+    return F.cross_entropy(z, target) + Z_LOSS * z.logsumexp(1).square().mean()
+
+
+def our_capped(x: Tensor, W: Tensor, target: Tensor) -> Tensor:
+    """The same, fused."""
+    return linear_cross_entropy(x, W, target, softcap=SOFTCAP, z_loss=Z_LOSS)
+
+
+def dense_policy(x: Tensor, W: Tensor, target: Tensor) -> Tensor:
+    """Log-probabilities, and an entropy, of all logits at once."""
+    log_S = F.linear(x, W).log_softmax(1)
+    log_prob = log_S.gather(1, target.unsqueeze(1)).squeeze(1)
+    entropy = -(log_S.exp() * log_S).sum(1)
+    return -(log_prob + ENTROPY * entropy).mean()
+
+
+def our_policy(x: Tensor, W: Tensor, target: Tensor) -> Tensor:
+    """The same, fused."""
+    of = linear_log_prob(x, W, target)
+    return -(of.log_prob + ENTROPY * of.entropy).mean()
+
+
+# The student's three products, and the teacher's logits.
+DISTILLATION = Problem(
+    section="distillation",
+    inputs=student_and_teacher,
+    floors={"four products": partial(products, 2, 1, 1)},
+    contestants={
+        "torch dense": partial(gradients, dense_distillation),
+        "ours": partial(gradients, linear_distillation),
+    },
+    reference="torch dense",
+    yardstick="four products",
+)
+
+CAPPED = Problem(
+    section="capped",
+    inputs=layer_with_gradients,
+    floors={"three products": partial(products, 1, 1, 1)},
+    contestants={
+        "torch dense": partial(gradients, dense_capped),
+        "ours": partial(gradients, our_capped),
+    },
+    reference="torch dense",
+    yardstick="three products",
+)
+
+# What is sent back is known only after all rows, so that the logits are made twice.
+LOG_PROB = Problem(
+    section="log-prob",
+    inputs=layer_with_gradients,
+    floors={"four products": partial(products, 2, 1, 1)},
+    contestants={
+        "torch dense": partial(gradients, dense_policy),
+        "ours": partial(gradients, our_policy),
+    },
+    reference="torch dense",
+    yardstick="four products",
+)
