@@ -225,6 +225,15 @@ def test_nothing_is_as_large_as_the_logits_of_all_rows():
     assert max(new.sizes) == CHUNK * CLASSES
 
 
+@every_cap
+@pytest.mark.parametrize("count", [None, torch.tensor(5)], ids=["no count", "count"])
+def test_nothing_waits_for_the_device_of_a_model(count, changed):
+    model, (ids, labels) = Model(changed).to("meta"), tokens()  # which has no number to wait for
+    inputs = {"labels": labels.to("meta"), "num_items_in_batch": count}
+    without_logits(model, ids.to("meta"), **inputs).loss.backward()
+    assert model.lm_head.weight.grad.is_meta
+
+
 def test_under_no_grad_the_loss_is_the_same():
     model, (ids, labels) = Model(), tokens()
     with torch.no_grad():
@@ -417,6 +426,7 @@ class Temperature(nn.Module):
 
 UNKNOWN = {
     "a bias": lambda z: z + 0.01,
+    "a bias of a class": lambda z: z + 1e-3 * (torch.arange(CLASSES) == 5),
     "a mask": masked,
     "another function": lambda z: z.sign() * z.abs().sqrt(),
     "a cap of another kind": lambda z: z / (1 + z.abs() / 5),
