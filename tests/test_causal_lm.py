@@ -16,7 +16,9 @@ from torch.nn.utils import parametrizations
 
 from tests.distributed.world import RankError, World
 from tests.helpers import NewTensors, assert_same, errors
-from torch_softmax.causal_lm import call_without_logits
+from torch_softmax.causal_lm import _probe, _scale_and_cap, call_without_logits
+from torch_softmax.losses._capped import changed
+from torch_softmax.losses._targets import LogitOptions
 
 BATCH, LENGTH, WIDTH, CLASSES, CHUNK = 3, 11, 4, 37, 5
 
@@ -109,6 +111,16 @@ CHANGES = {
     "a scale of the capped": lambda z: 0.3 * capped(2.0, z),
     "a negative scale of the capped": lambda z: -capped(2.0, z),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("scale", "cap"), [(1.0, None), (0.0625, None), (1.0, 30.0), (1.0, 7.0), (1.0, 0.1)]
+)
+def test_scale_and_cap_come_back_to_the_last_digit(scale, cap, dtype):
+    probe = _probe(CLASSES)
+    made = changed(probe.to(dtype), LogitOptions(cap, scale))
+    assert _scale_and_cap(probe, made) == (scale, cap and torch.tensor(cap, dtype=dtype).item())
 
 
 every_cap = pytest.mark.parametrize(

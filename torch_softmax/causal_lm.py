@@ -15,7 +15,7 @@ from .losses._targets import LogitOptions
 __all__ = ["call_without_logits"]
 
 # What the logits of the probe are: one for the scale, one for the cap, the others up to a REACH.
-# The first two are powers of 2, so that a scale that is a float comes back as that very float.
+# The first is a power of 2, so that a scale that is a float comes back as that very float.
 SMALL, LARGE, REACH = 2.0**-20, 2.0**40, 100.0
 
 
@@ -211,11 +211,10 @@ def _scale_and_cap(probe: Tensor, made: Tensor) -> tuple[float, float | None]:
     if exact and made.shape == probe.shape and probe.numel() > 1 and not made.requires_grad:
         small, large, *_ = made.flatten().tolist()
         scale, cap = small / SMALL, None
-        if math.isclose(large, scale * LARGE, rel_tol=1e-3):
-            scale = large / LARGE
-        else:
-            # Its tanh is 1. The scale is as near as the rounding in c tanh(z / c) lets it be.
-            scale, cap = 1.0 if math.isclose(scale, 1, rel_tol=1e-6) else scale, abs(large)
+        if not math.isclose(large, scale * LARGE, rel_tol=1e-3):
+            cap = abs(large)  # its tanh is 1
+            if math.isclose(scale, 1, rel_tol=1e-6):  # but for what c tanh(z / c) rounds
+                scale = 1.0
         expected = changed(probe, LogitOptions(cap, scale)).to(made)
         if torch.allclose(made, expected, rtol=1e-5, atol=1e-6):
             return scale, cap
