@@ -1,10 +1,11 @@
-"""Train a small language model with torch's dense loss and with ours: one curve, less memory.
+"""Train a small language model by a dense loss and by ours: one curve, less memory.
 
-    python -m scripts.examples.train_language_model               # both losses, a minute or two
-    python -m scripts.examples.train_language_model --loss ours   # one of them
+    python -m scripts.examples.train_language_model                      # a minute or two
+    python -m scripts.examples.train_language_model --loss soft-capped   # or another of LOSSES
+    python -m scripts.examples.train_language_model --by ours            # without the dense one
 
 The model is a causal transformer, its text the sources of Python's own standard library. What it
-takes to change the loss is one line: that of `dense_loss` for that of `our_loss`.
+takes to change to ours is the body of one function: that of `dense_z_loss` for `our_z_loss`, say.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -29,31 +30,110 @@ from tqdm import tqdm
 from scripts.benchmark.measure import MIB, SEED, Place, fresh_process, peak_bytes, reason
 from torch_softmax import _checks as checks
 from torch_softmax._command_line import Parser, add_device_option, choose_device, run_command
-from torch_softmax.functional import linear_cross_entropy
+from torch_softmax.functional import linear_cross_entropy, linear_distillation, linear_log_prob
 
 CHARACTERS = 4_000_000
 WORD = re.compile(r" ?\w+|\s+|[^\w\s]")
 CONTEXT, WIDTH, LAYERS, HEADS = 128, 128, 2, 4
 LEARNING_RATE = 2e-3
+SOFTCAP, Z_LOSS, ENTROPY_BONUS = 30.0, 1e-4, 1e-2
+SHARPNESS = 30.0  # of a teacher, whose distributions would otherwise be nearly uniform
 ROWS = 12  # of the table of losses, besides the last step
 
 
-def dense_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """The usual loss of hidden states (B, T, D) and the tokens (B, T) that come next."""
-    return F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten())
+class States(NamedTuple):
+    """What a loss is made of: hidden states (B, T, D), a head, and the tokens (B, T) to come."""
+
+    hidden: Tensor
+    head: nn.Linear
+    targets: Tensor
+    teacher: "States | None" = None  # of the same tokens; for distillation alone
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits (B · T, V), which the dense losses hold."""
+        logits: Tensor = self.head(self.hidden).flatten(0, 1)
+        return logits
 
 
-def our_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """The same loss, which never holds the logits (B, T, V)."""
-    return linear_cross_entropy(hidden, head.weight, targets)
+def dense_cross_entropy(states: States) -> Tensor:
+    """The usual loss."""
+    return F.cross_entropy(states.logits, states.targets.flatten())
 
 
-LOSSES = {"dense": dense_loss, "ours": our_loss}
+def our_cross_entropy(states: States) -> Tensor:
+    """The same, which never holds the logits."""
+    return linear_cross_entropy(states.hidden, states.head.weight, states.targets)
+
+
+def dense_soft_capped(states: States) -> Tensor:
+    """The loss of logits that are kept within a cap."""
+    logits = SOFTCAP * torch.tanh(states.logits / SOFTCAP)
+    return F.cross_entropy(logits, states.targets.flatten())
+
+
+def our_soft_capped(states: States) -> Tensor:
+    """The same, without the logits."""
+    return linear_cross_entropy(states.hidden, states.head.weight, states.targets, softcap=SOFTCAP)
+
+
+def dense_z_loss(states: States) -> Tensor:
+    """The loss with a penalty on the logarithm of the softmax's denominator."""
+    logits = states.logits
+    penalty = logits.logsumexp(1).square().mean()
+    return F.cross_entropy(logits, states.targets.flatten()) + Z_LOSS * penalty
+
+
+def our_z_loss(states: States) -> Tensor:
+    """The same, without the logits."""
+    return linear_cross_entropy(states.hidden, states.head.weight, states.targets, z_loss=Z_LOSS)
+
+
+def dense_log_prob(states: States) -> Tensor:
+    """Minus the log-probability, less a bonus for the entropy, as in reinforcement learning."""
+    log_probs = states.logits.log_softmax(1)
+    entropy = -(log_probs.exp() * log_probs).sum(1)
+    log_prob = log_probs.gather(1, states.targets.flatten().unsqueeze(1))
+    return -log_prob.mean() - ENTROPY_BONUS * entropy.mean()
+
+
+def our_log_prob(states: States) -> Tensor:
+    """The same, without the logits."""
+    of = linear_log_prob(states.hidden, states.head.weight, states.targets)
+    return -of.log_prob.mean() - ENTROPY_BONUS * of.entropy.mean()
+
+
+def dense_distillation(states: States) -> Tensor:
+    """The divergence of the model's distributions from a teacher's."""
+    assert states.teacher is not None
+    student = states.logits.log_softmax(1)
+    teacher = states.teacher.logits.log_softmax(1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def our_distillation(states: States) -> Tensor:
+    """The same, without the logits of either."""
+    assert states.teacher is not None
+    teacher = states.teacher
+    return linear_distillation(
+        states.hidden, states.head.weight, teacher.hidden, teacher.head.weight
+    )
+
+
+LOSSES: dict[str, dict[str, Callable[[States], Tensor]]] = {
+    "cross-entropy": {"dense": dense_cross_entropy, "ours": our_cross_entropy},
+    "soft-capped": {"dense": dense_soft_capped, "ours": our_soft_capped},
+    "z-loss": {"dense": dense_z_loss, "ours": our_z_loss},
+    "log-prob": {"dense": dense_log_prob, "ours": our_log_prob},
+    "distillation": {"dense": dense_distillation, "ours": our_distillation},
+}
+WAYS = ("dense", "ours")
 
 
 class Settings(NamedTuple):
-    """What can be chosen about a training, besides the loss."""
+    """What can be chosen about a training, besides the way to its loss."""
 
+    loss: str
     steps: int
     vocabulary: int
     batch_size: int
@@ -123,20 +203,34 @@ def encode(text: str, tokens: Sequence[str]) -> Tensor:
     return torch.tensor([index[part] for part in chain.from_iterable(parts)])
 
 
-def train(name: str, text: Tensor, settings: Settings, place: Place) -> Result:
+def make_teacher(vocabulary: int) -> LanguageModel:
+    """A frozen model of random weights, which is sure of what it says."""
+    teacher = LanguageModel(vocabulary).requires_grad_(False)
+    teacher.head.weight *= SHARPNESS
+    return teacher
+
+
+def train(way: str, text: Tensor, settings: Settings, place: Place) -> Result:
     """Train a new model on random stretches of a text, given as the indices (N) of its tokens."""
-    compute_loss = LOSSES[name]
+    compute_loss = LOSSES[settings.loss][way]
     before = peak_bytes(place, reset=True)
     torch.set_num_threads(place.threads)
     torch.manual_seed(SEED)
     model = LanguageModel(settings.vocabulary).to(place.device)
+    teacher = None
+    if settings.loss == "distillation":
+        teacher = make_teacher(settings.vocabulary).to(place.device)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     losses, seconds = [], []
-    for _ in tqdm(range(settings.steps), desc=name, unit="step", leave=False, disable=None):
+    for _ in tqdm(range(settings.steps), desc=way, unit="step", leave=False, disable=None):
         start = time.perf_counter()
         first = torch.randint(len(text) - CONTEXT, (settings.batch_size, 1))
         stretch = text[first + torch.arange(CONTEXT + 1)].to(place.device)
-        loss = compute_loss(model(stretch[:, :-1]), model.head, stretch[:, 1:])
+        tokens, targets = stretch[:, :-1], stretch[:, 1:]
+        states = States(model(tokens), model.head, targets)
+        if teacher is not None:
+            states = states._replace(teacher=States(teacher(tokens), teacher.head, targets))
+        loss = compute_loss(states)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -147,14 +241,15 @@ def train(name: str, text: Tensor, settings: Settings, place: Place) -> Result:
     return Result(losses, median(seconds), memory)
 
 
-def train_in_fresh_process(name: str, text: Tensor, settings: Settings, place: Place) -> Result:
+def train_in_fresh_process(way: str, text: Tensor, settings: Settings, place: Place) -> Result:
     """Train where nothing has used memory but the libraries, which a first step loads."""
     with fresh_process() as process:
-        process.submit(train, name, text.new_zeros(2 * CONTEXT), Settings(1, 1, 1), place)
+        least = settings._replace(steps=1, vocabulary=1, batch_size=1)
+        process.submit(train, way, text.new_zeros(2 * CONTEXT), least, place)
         try:
-            return process.submit(train, name, text, settings, place).result()
+            return process.submit(train, way, text, settings, place).result()
         except RuntimeError as error:  # of torch without memory, or of a process that was killed
-            raise OSError(f"loss {name!r}: {reason(error)}") from error
+            raise OSError(f"{way}: {reason(error)}") from error
 
 
 def report(results: dict[str, Result]) -> Iterator[str]:
@@ -176,10 +271,10 @@ def report(results: dict[str, Result]) -> Iterator[str]:
 
 
 def train_and_compare(args: argparse.Namespace) -> None:
-    """Train with each loss that is asked for, and print what came of it."""
-    settings = Settings(args.steps, args.vocabulary, args.batch_size)
-    for name, value in settings._asdict().items():
-        checks.positive(name, value)
+    """Train in each way that is asked for, and print what came of it."""
+    settings = Settings(args.loss, args.steps, args.vocabulary, args.batch_size)
+    for name in ("steps", "vocabulary", "batch_size"):
+        checks.positive(name, getattr(settings, name))
     place = Place(choose_device(args.device).type, torch.float32, torch.get_num_threads())
     text = library_text()
     indices = encode(text, choose_tokens(text, settings.vocabulary))
@@ -189,8 +284,8 @@ def train_and_compare(args: argparse.Namespace) -> None:
         f"{settings.vocabulary:,} kinds; on {place.device}, {rows:,} tokens a step, "
         f"whose logits are {rows * settings.vocabulary * 4 / MIB:,.0f} MiB"
     )
-    names = LOSSES if args.loss == "both" else [args.loss]
-    results = {name: train_in_fresh_process(name, indices, settings, place) for name in names}
+    ways = WAYS if args.by == "both" else [args.by]
+    results = {way: train_in_fresh_process(way, indices, settings, place) for way in ways}
     print("\n".join(report(results)))
 
 
@@ -198,12 +293,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = Parser(
         prog="train_language_model",
-        description="Train a causal transformer on the standard library's sources with torch's "
-        "dense loss and with ours, and compare their curves, time and memory.",
+        description="Train a causal transformer on the standard library's sources by a dense "
+        "loss and by ours, and compare their curves, time and memory.",
         example="python -m scripts.examples.train_language_model --steps 20 --vocabulary 2048",
     )
     parser.add_argument(
-        "--loss", choices=("both", *LOSSES), default="both", help="default: %(default)s"
+        "--loss",
+        choices=LOSSES,
+        default="cross-entropy",
+        help="what to minimise (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--by", choices=("both", *WAYS), default="both", help="the way to it (default: %(default)s)"
     )
     for name, default, meaning in (
         ("--steps", 60, "updates of the weights"),

@@ -1,4 +1,4 @@
-"""The language model's script: one curve from either loss, of a model that can't look ahead."""
+"""The language model's script: one curve by both ways, of a model that can't look ahead."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from tests.helpers import one_line
 
 PLACE = Place("cpu", torch.float32, 1)
 TEXT = "for x in xs: # the ∂ of x\n    print(x)\n"
-SETTINGS = script.Settings(steps=20, vocabulary=7, batch_size=2)
+SETTINGS = script.Settings("cross-entropy", steps=20, vocabulary=7, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,13 @@ def library_text():
 
 @pytest.fixture(scope="module")
 def results():
-    """What trainings with either loss give on a text that repeats itself."""
+    """What trainings give on a text that repeats itself, by their loss and the way to it."""
     text = torch.arange(1000) % 7
-    return {name: script.train(name, text, SETTINGS, PLACE) for name in script.LOSSES}
+    return {
+        (loss, way): script.train(way, text, SETTINGS._replace(loss=loss), PLACE)
+        for loss in script.LOSSES
+        for way in script.WAYS
+    }
 
 
 @pytest.fixture
@@ -76,41 +80,53 @@ def test_hidden_states_depend_on_no_later_token(changed):
     assert same.tolist() == [[position < changed for position in range(10)]] * 2
 
 
-def test_both_losses_give_the_same_curve(results):
-    dense, ours = (torch.tensor(results[name].losses) for name in ("dense", "ours"))
-    torch.testing.assert_close(ours, dense, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("loss", script.LOSSES)
+def test_both_ways_give_the_same_curve(loss, results):
+    dense, ours = (torch.tensor(results[loss, way].losses) for way in script.WAYS)
+    # A teacher that is sure of what it says makes much of a rounding.
+    atol = 1e-4 if loss == "distillation" else 1e-6
+    torch.testing.assert_close(ours, dense, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", script.LOSSES)
-def test_what_repeats_itself_is_learnt(results, name):
-    assert results[name].losses[-1] < 0.1
+@pytest.mark.parametrize("loss", script.LOSSES)
+def test_what_repeats_itself_is_learnt(loss, results):
+    losses = results[loss, "ours"].losses
+    assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("name", script.LOSSES)
-def test_what_is_random_cannot_be_learnt(name):
+@pytest.mark.parametrize("way", script.WAYS)
+def test_what_is_random_cannot_be_learnt(way):
     text = torch.randint(7, (5000,))
-    assert min(script.train(name, text, SETTINGS, PLACE).losses) > 0.95 * math.log(7)
+    assert min(script.train(way, text, SETTINGS, PLACE).losses) > 0.95 * math.log(7)
+
+
+def test_a_teacher_is_far_from_uniform():
+    teacher = script.make_teacher(vocabulary=7)
+    probabilities = teacher.head(teacher(torch.randint(7, (2, 10)))).softmax(-1)
+    assert probabilities.amax(-1).mean() > 0.8
 
 
 def test_a_fresh_process_gives_the_same_curve(results):
     fresh = script.train_in_fresh_process("ours", torch.arange(1000) % 7, SETTINGS, PLACE)
-    assert fresh.losses == results["ours"].losses
+    assert fresh.losses == results["cross-entropy", "ours"].losses
 
 
 # The command
 
 
+@pytest.mark.parametrize("loss", script.LOSSES)
 @pytest.mark.usefixtures("quick")
-def test_the_command_compares_the_losses(capsys):
-    assert script.main(["--steps=2", "--vocabulary=256", "--batch-size=1", "--device=cpu"]) == 0
+def test_the_command_compares_both_ways(capsys, loss):
+    options = ["--steps=2", "--vocabulary=256", "--batch-size=1", "--device=cpu"]
+    assert script.main([*options, f"--loss={loss}"]) == 0
     output = capsys.readouterr().out
     assert re.search(r"step +dense +ours\n +1 +\d\.\d{6} +\d\.\d{6}\n +2 ", output)
     assert float(output.rpartition("largest difference of the losses: ")[2]) < 1e-5
 
 
 @pytest.mark.usefixtures("quick")
-def test_one_loss_is_compared_with_none(capsys):
-    assert script.main(["--steps=1", "--vocabulary=256", "--loss=dense", "--device=cpu"]) == 0
+def test_one_way_is_compared_with_none(capsys):
+    assert script.main(["--steps=1", "--vocabulary=256", "--by=dense", "--device=cpu"]) == 0
     output = capsys.readouterr().out
     assert re.search(r"step +dense\n +1 +\d\.\d{6}\n", output)
     assert "difference" not in output
@@ -124,6 +140,7 @@ def test_one_loss_is_compared_with_none(capsys):
         ("--vocabulary=9", "vocabulary must be from "),
         ("--vocabulary=1000000", "vocabulary must be from "),
         ("--loss=sparse", "argument --loss: invalid choice: 'sparse'"),
+        ("--by=hand", "argument --by: invalid choice: 'hand'"),
     ],
 )
 @pytest.mark.usefixtures("quick")
@@ -135,8 +152,8 @@ def test_a_bad_option_is_one_line(capsys, option, message):
 
 @pytest.mark.usefixtures("quick")
 def test_too_little_memory_is_one_line(capsys):
-    assert script.main(["--vocabulary=256", f"--batch-size={10**15}", "--loss=ours"]) == 1
-    assert one_line(capsys).startswith("train_language_model: loss 'ours': fails with Runtime")
+    assert script.main(["--vocabulary=256", f"--batch-size={10**15}", "--by=ours"]) == 1
+    assert one_line(capsys).startswith("train_language_model: ours: fails with Runtime")
 
 
 def test_a_python_without_sources_is_one_line(tmp_path, monkeypatch, capsys):
