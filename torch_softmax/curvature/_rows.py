@@ -40,6 +40,8 @@ def layer_of(linear_weight: object, linear_bias: object, input: object) -> Layer
         )
     if linear_weight.dim() != 2:
         raise ValueError(f"linear_weight must have shape (C, D), got {tuple(linear_weight.shape)}")
+    if len(linear_weight) == 0:
+        raise ValueError("linear_weight must have at least one class, got none")
     checks.linear_layer(linear_weight, linear_weight, linear_bias)
     assert linear_bias is None or isinstance(linear_bias, Tensor)
     given = [t for t in (linear_weight, linear_bias, input) if isinstance(t, Tensor)]

@@ -114,25 +114,25 @@ class HeadHessian:
         self.reduction = reduction
         self.weight_decay = checks.number("weight_decay", weight_decay)
         checks.finite("weight_decay", self.weight_decay)
-        self._layer = layer_of(linear_weight, linear_bias, input)
-        self._how = how_of(self._layer, checks.chunk_size(chunk_size))
-        self._data = Data(input, target, row_weight, ignore_index, self._layer)
+        self.layer = layer_of(linear_weight, linear_bias, input)
+        self.how = how_of(self.layer, checks.chunk_size(chunk_size))
+        self.data = Data(input, target, row_weight, ignore_index, self.layer)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(P, P), for the P numbers of weight and bias."""
-        size = sum(t.numel() for t in self._layer if t is not None)
+        size = sum(t.numel() for t in self.layer if t is not None)
         return size, size
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the results."""
-        return self._how.dtype
+        return self.how.dtype
 
     @property
     def device(self) -> torch.device:
         """That of the results."""
-        return self._layer.W.device
+        return self.layer.W.device
 
     def __repr__(self) -> str:
         size, _ = self.shape
@@ -140,7 +140,7 @@ class HeadHessian:
 
     def __matmul__(self, u: D) -> D:
         """The product with a direction, or with M of them at once, of the same shape."""
-        directions, single = directions_of("a direction", u, self._layer, self.dtype)
+        directions, single = directions_of("a direction", u, self.layer, self.dtype)
         return as_given(self._products(directions), single)  # type: ignore[return-value]
 
     def diagonal(self) -> Direction:
@@ -153,7 +153,7 @@ class HeadHessian:
             (tensor([[0.1250, 0.1250],
                     [0.1250, 0.1250]]), tensor([0.2500, 0.2500]))
         """
-        W, b = self._layer
+        W, b = self.layer
         out = Layer(self._zeros(*W.shape), None if b is None else self._zeros(*b.shape))
         out = self._sum(add_diagonal_, out)
         out.W.add_(self.weight_decay)
@@ -161,7 +161,7 @@ class HeadHessian:
 
     def trace(self) -> Tensor:
         """The sum of the diagonal, a scalar, without any tensor of the size of W."""
-        return (self._traces().whole + self.weight_decay * self._layer.W.numel()).to(self.dtype)
+        return (self._traces().whole + self.weight_decay * self.layer.W.numel()).to(self.dtype)
 
     def factors(self, *, diagonal: bool = False) -> Kronecker:
         """The factors of the Kronecker approximation H ≈ classes ⊗ input, as of K-FAC.
@@ -184,7 +184,7 @@ class HeadHessian:
         Source: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
         curvature (2015), section 3.
         """
-        classes, features = self._layer.W.shape
+        classes, features = self.layer.W.shape
         outer = self._sum(
             add_outer_,
             Outer(
@@ -197,7 +197,7 @@ class HeadHessian:
         )
         weight = outer.weight.to(self.dtype)
         of_input = outer.of_input
-        if self._layer.b is not None:
+        if self.layer.b is not None:
             row = torch.cat([outer.of_ones, weight.view(1)])
             of_input = torch.cat([of_input, outer.of_ones.unsqueeze(0)])
             of_input = torch.cat([of_input, row.unsqueeze(1)], 1)
@@ -234,19 +234,19 @@ class HeadHessian:
         checks.finite("damping", damping)
         tolerance = checks.number("tolerance", tolerance)
         checks.finite("tolerance", tolerance, above_zero=True)
-        right, single = directions_of("g", g, self._layer, self.dtype)
+        right, single = directions_of("g", g, self.layer, self.dtype)
         with torch.no_grad():
-            curvature = float(self._traces().of_classes) / max(1, len(self._layer.W) - 1)
+            curvature = float(self._traces().of_classes) / max(1, len(self.layer.W) - 1)
             precondition = Preconditioner(
-                moments_of(self._data, self._how), curvature, self.weight_decay + damping, None
+                moments_of(self.data, self.how), curvature, self.weight_decay + damping, None
             )
 
             def multiply(v: Tensor) -> Tensor:
-                product = self._products(parted(v, self._layer))
+                product = self._products(parted(v, self.layer))
                 return joined(product).add_(v, alpha=damping)
 
             u = solved(multiply, joined(right), precondition, tolerance)
-        return as_given(parted(u, self._layer), single)  # type: ignore[return-value]
+        return as_given(parted(u, self.layer), single)  # type: ignore[return-value]
 
     def as_linear_operator(self) -> LinearOperator:
         """This operator as a `scipy.sparse.linalg.LinearOperator`, of the extra [curvature].
@@ -259,7 +259,7 @@ class HeadHessian:
         """
 
         def multiply(vectors: Tensor) -> Tensor:
-            return flat(self._products(unflat(vectors, self._layer)))
+            return flat(self._products(unflat(vectors, self.layer)))
 
         size, _ = self.shape
         return linear_operator(multiply, size, self.dtype, self.device)
@@ -310,13 +310,13 @@ class HeadHessian:
                 "M directions as (M, C, D), and what is to be differentiated is a product by "
                 "torch.func of functional.linear_cross_entropy"
             )
-        count = 0
-        with outside_autocast(self._layer.W):
-            for rows in self._data:
-                add_(out, self._layer, rows, self._how, *others)
-                count += rows.counted
+        counted = 0
+        with outside_autocast(self.layer.W):
+            for rows in self.data:
+                add_(out, self.layer, rows, self.how, *others)
+                counted += rows.counted
         if self.reduction == "mean":
             for total in out:
                 if total is not None:
-                    total.div_(count or 1)
+                    total.div_(counted or 1)
         return out
