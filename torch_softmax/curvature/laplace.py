@@ -75,7 +75,8 @@ def predictive_variance(
         variances = [
             variance_of(cast(x[part], hessian.dtype)) for part in slices(len(x), hessian.how.step)
         ]
-    return torch.cat(variances).unflatten(0, input.shape[:-1])
+    every: Tensor = torch.cat(variances).unflatten(0, input.shape[:-1])
+    return every
 
 
 def _diagonal(hessian: HeadHessian, precision: float, _: str) -> Callable[[Tensor], Tensor]:
