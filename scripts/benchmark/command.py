@@ -20,6 +20,7 @@ from torch_softmax import _checks as checks
 from torch_softmax._command_line import Parser, add_device_option, choose_device, run_command
 from torch_softmax.mnist.commands._options import add_data_dir_option
 
+from .curvature import curvature
 from .growth import growth
 from .losses import FORWARD, HVP, LINEAR, LOGITS, MNIST_STEP
 from .machine import machine
@@ -60,6 +61,7 @@ SECTIONS: dict[str, Section] = {
     "linear": compare(LINEAR, [LARGE, *LARGER], [SMALL]),
     "forward": compare(FORWARD, [LARGE], [SMALL]),
     "hvp": compare(HVP, [LARGE], [SMALL]),
+    "curvature": curvature,
     "growth": growth,
     "mnist-step": on_one_thread(compare(MNIST_STEP, [STEP], [STEP])),
     "mnist-epoch": on_one_thread(mnist_epoch),
