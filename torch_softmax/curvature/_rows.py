@@ -33,11 +33,13 @@ def layer_of(linear_weight: object, linear_bias: object, input: object) -> Layer
     """A checked layer, in the dtype that it promotes to with an input, if that is a tensor."""
     checks.floating("linear_weight", linear_weight)
     assert isinstance(linear_weight, Tensor)
-    if not is_plain(linear_weight):
-        raise NotImplementedError(
-            "linear_weight must be whole in this process, as that of full_tensor() is, "
-            f"got a {type(linear_weight).__name__}"
-        )
+    named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+    for name, value in named.items():
+        if isinstance(value, Tensor) and not is_plain(value):
+            raise NotImplementedError(
+                f"{name} must be whole in this process, as its full_tensor() is, "
+                f"got a {type(value).__name__}"
+            )
     if linear_weight.dim() != 2:
         raise ValueError(f"linear_weight must have shape (C, D), got {tuple(linear_weight.shape)}")
     if len(linear_weight) == 0:
