@@ -1,7 +1,5 @@
 """A Hessian as an operator of SciPy, of the extra [curvature], and its spectrum by Lanczos."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,7 @@ _SEED = 0
 
 def linear_operator(
     multiply: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, device: torch.device
-) -> LinearOperator:
+) -> "LinearOperator":
     """A symmetric operator, by its products with vectors (M, P) on a device."""
     if find_spec("scipy") is None:
         raise UserError('as_linear_operator needs scipy: pip install "torch_softmax[curvature]"')
@@ -44,7 +42,7 @@ def linear_operator(
     )
 
 
-def largest_eigenvalues(operator: LinearOperator, k: int) -> Tensor:
+def largest_eigenvalues(operator: "LinearOperator", k: int) -> Tensor:
     """The k largest eigenvalues of a symmetric operator, from the largest on."""
     from scipy.sparse.linalg import eigsh
 

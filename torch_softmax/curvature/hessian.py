@@ -1,7 +1,5 @@
 """The Hessian of a softmax head's loss by its weights, as an operator."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -29,7 +27,7 @@ from ._sweeps import (
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-D = TypeVar("D", Tensor, tuple[Tensor, Tensor])
+Given = TypeVar("Given", Tensor, tuple[Tensor, Tensor])
 Sums = TypeVar("Sums", Layer, Outer, Traces)
 
 
@@ -138,7 +136,7 @@ class HeadHessian:
         size, _ = self.shape
         return f"HeadHessian({size} x {size}, {self.dtype}, {self.device})"
 
-    def __matmul__(self, u: D) -> D:
+    def __matmul__(self, u: Given) -> Given:
         """The product with a direction, or with M of them at once, of the same shape."""
         directions, single = directions_of("a direction", u, self.layer, self.dtype)
         return as_given(self._products(directions), single)  # type: ignore[return-value]
@@ -208,7 +206,7 @@ class HeadHessian:
             of_classes.diagonal().copy_(outer.diagonal)
         return Kronecker(of_input / torch.where(weight == 0, 1, weight), of_classes)
 
-    def solve(self, g: D, damping: float = 0.0, *, tolerance: float = 1e-4) -> D:
+    def solve(self, g: Given, damping: float = 0.0, *, tolerance: float = 1e-4) -> Given:
         """The u with (H + δ) u = g, by conjugate gradients, for one direction g or M at once.
 
         Where there is no damping, g must lie in the range of H, as every gradient of the loss does
@@ -248,7 +246,7 @@ class HeadHessian:
             u = solved(multiply, joined(right), precondition, tolerance)
         return as_given(parted(u, self.layer), single)  # type: ignore[return-value]
 
-    def as_linear_operator(self) -> LinearOperator:
+    def as_linear_operator(self) -> "LinearOperator":
         """This operator as a `scipy.sparse.linalg.LinearOperator`, of the extra [curvature].
 
         Its vectors are those of `torch.nn.utils.parameters_to_vector([W, b])`. A matrix of M

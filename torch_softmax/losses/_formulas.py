@@ -144,7 +144,7 @@ def jacobian_product(softmax: Tensor, u: Tensor, dim: int) -> Tensor:
 
 def jacobian_diagonal(softmax: Tensor) -> Tensor:
     """The diagonal of the softmax's Jacobian, S_i (1 − S_i)."""
-    return softmax * (1 - softmax)
+    return (1 - softmax).mul_(softmax)
 
 
 def top_of(z: Tensor) -> Tensor:
