@@ -218,7 +218,8 @@ class HeadHessian:
             tolerance: The norm of each residual, as a part of that of its g.
 
         Raises:
-            UserError: The tolerance can't be reached.
+            UserError: The tolerance can't be reached: without damping there may be no solution, and
+                in float32 rounding may hide what is nearly flat, where float64 goes further.
 
         Example:
             >>> H = HeadHessian(torch.eye(2), torch.zeros(2, 2), weight_decay=0.25)
