@@ -21,6 +21,7 @@ from torch_softmax import _checks as checks
 from torch_softmax._command_line import Parser, add_device_option, choose_device, run_command
 from torch_softmax.mnist.commands._options import add_data_dir_option
 
+from .curvature import curvature
 from .growth import growth
 from .heads import CAPPED, DISTILLATION, LOG_PROB
 from .losses import FORWARD, HVP, LINEAR, LOGITS, MNIST_STEP
@@ -66,6 +67,7 @@ SECTIONS: dict[str, Section] = {
         problem.section: compare(problem, [LARGER[0]], [SMALL])
         for problem in (CAPPED, LOG_PROB, DISTILLATION)
     },
+    "curvature": curvature,
     "growth": growth,
     "mnist-step": on_one_thread(compare(MNIST_STEP, [STEP], [STEP])),
     "mnist-epoch": on_one_thread(mnist_epoch),

@@ -42,6 +42,10 @@ TESTS_OF = {
     "losses/_sweeps.py": ["tests/losses/test_linear.py", "tests/losses/test_promises.py"],
     "losses/_autograd.py": ["tests/losses/test_softmax.py", "tests/losses/test_small.py"],
     "losses/_objective.py": ["tests/optim"],
+    "curvature/_sweeps.py": ["tests/curvature/test_hessian.py"],
+    "curvature/_solve.py": ["tests/curvature/test_solve.py"],
+    "curvature/laplace.py": ["tests/curvature/test_laplace.py"],
+    "curvature/sampling.py": ["tests/curvature/test_sampling.py"],
     "mnist/training.py": ["tests/mnist/test_training.py"],
 }
 
@@ -136,6 +140,42 @@ TEXTS = [
         "losses/_sweeps.py",
         "out.b.add_(second.by_z.sum(0))",
         "out.b.copy_(second.by_z.sum(0))",
+    ),
+    Text(
+        "curvature: what the first direction does, for each",
+        "curvature/_sweeps.py",
+        "t[some].flatten(0, 1)",
+        "t[: some.stop - some.start].flatten(0, 1)",
+    ),
+    Text(
+        "curvature: the diagonal of x, not of its square",
+        "curvature/_sweeps.py",
+        "cast(chunk.x, a.dtype).square()",
+        "cast(chunk.x, a.dtype)",
+    ),
+    Text(
+        "curvature: the trace without that of the bias",
+        "curvature/_sweeps.py",
+        "squares += 1",
+        "pass",
+    ),
+    Text(
+        "curvature: a residual as it is carried along",
+        "curvature/_solve.py",
+        "residual = g - multiply(u)",
+        "residual = torch.zeros_like(g)",
+    ),
+    Text(
+        "curvature: variances of no prior",
+        "curvature/laplace.py",
+        "b.clamp(min=0)) + precision)",
+        "b.clamp(min=0)) + 1)",
+    ),
+    Text(
+        "curvature: labels that are impossible",
+        "curvature/sampling.py",
+        "right=True",
+        "right=False",
     ),
 ]
 MUTATIONS: list[Mutant | Text] = [*MUTANTS, *TEXTS]

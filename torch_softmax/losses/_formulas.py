@@ -142,6 +142,11 @@ def jacobian_product(softmax: Tensor, u: Tensor, dim: int) -> Tensor:
     return softmax * (u - (softmax * u).sum(dim, keepdim=True))
 
 
+def jacobian_diagonal(softmax: Tensor) -> Tensor:
+    """The diagonal of the softmax's Jacobian, S_i (1 − S_i)."""
+    return (1 - softmax).mul_(softmax)
+
+
 def top_of(z: Tensor) -> Tensor:
     """The top of each row, (N, 1), a constant."""
     return z.amax(1, keepdim=True).detach()

@@ -116,7 +116,7 @@ class Logits:
             W, x = cast(W, self.how.logits_dtype), cast(x, self.how.logits_dtype)
             b = None if b is None else cast(b, self.how.logits_dtype)
             return (W @ x.t() if b is None else torch.addmm(b.unsqueeze(1), W, x.t())).t()
-        return multiply(x, W, b, self.buffer[: x.shape[0]])
+        return multiply(x, W, b, self.buffer[: x.shape[0], : W.shape[0]])
 
     def blocks(self, z: Tensor) -> Iterator[slice]:
         """The rows of a chunk to go over at a time, so that a CPU finds them in its cache."""

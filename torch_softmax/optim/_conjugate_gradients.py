@@ -110,8 +110,10 @@ def solve(
     gradient: Tensor,
     precondition: Preconditioner,
     accuracy: Accuracy,
+    *,
+    learn: bool = True,
 ) -> Solution:
-    """Conjugate gradients for H u = −∇f."""
+    """Conjugate gradients for H u = −∇f; without learning, in memory for a few directions only."""
     u, residual = torch.zeros_like(gradient), gradient.clone()
     z = precondition(residual)
     d, size = -z, dot(residual, z)
@@ -119,7 +121,7 @@ def solve(
     # Along a direction of less than this part of the curvature expected, as where S is one-hot for
     # all examples, rounding hides what there is: a solution would lie beyond all meaning.
     flat = math.sqrt(torch.finfo(gradient.dtype).eps)
-    known: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MAX_DIRECTIONS)
+    known: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MAX_DIRECTIONS if learn else 0)
     products = 0
     while products < _MAX_PRODUCTS:
         Hd = hessian(d)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scripts.benchmark import command, growth, machine, rivals, start
 from scripts.benchmark import measure as measuring
 from scripts.benchmark import mnist as mnist_loops
+from scripts.benchmark.curvature import HEAD_DIAGONAL, HEAD_PRODUCT, HEAD_PRODUCTS
 from scripts.benchmark.losses import FORWARD, HVP, LINEAR, LOGITS, MNIST_STEP, dense, gradients
 from scripts.benchmark.measure import Options, Place, Row, Shape, UnavailableError, measure
 from scripts.benchmark.mnist import BARE, BY_INDEX
@@ -23,7 +24,7 @@ from torch_softmax.mnist.data import ImageDataset, TrainTest
 
 PLACE = Place("cpu", torch.float32, 1)
 TINY = Shape(8, 4, 6)
-PROBLEMS = [LOGITS, LINEAR, FORWARD, MNIST_STEP, HVP]
+PROBLEMS = [LOGITS, LINEAR, FORWARD, MNIST_STEP, HVP, HEAD_PRODUCT, HEAD_PRODUCTS, HEAD_DIAGONAL]
 OF_THIS_PROJECT = [
     (problem, name)
     for problem in PROBLEMS
@@ -128,6 +129,12 @@ def test_contestants_give_the_result_of_the_reference(problem, name, dtype):
         (HVP, "ours, double backward", 5),
         (HVP, "eight products", 8),
         (HVP, "ours, torch.func", 8),
+        (HEAD_PRODUCT, "three products", 3),
+        (HEAD_PRODUCT, "a direction: ours, HeadHessian", 3),
+        (HEAD_PRODUCTS, "33 products", 33),
+        (HEAD_PRODUCTS, "16 directions: ours, one by one", 48),
+        (HEAD_DIAGONAL, "two products", 2),
+        (HEAD_DIAGONAL, "diagonal: ours", 2),
     ],
     ids=lambda part: getattr(part, "section", part),
 )

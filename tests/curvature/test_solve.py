@@ -1,0 +1,112 @@
+"""Linear systems and spectra: those of the whole matrix."""
+
+import pytest
+import torch
+
+from tests.curvature.conftest import D, Head
+from tests.curvature.dense import dense_hessian, flat
+from torch_softmax._checks import UserError
+from torch_softmax.curvature import HeadHessian, _scipy
+
+
+@pytest.fixture(params=[5, 40], ids=["few classes", "many classes"])
+def problem(request, bias):
+    """An operator, its matrix, and the head they are of."""
+    head = Head(request.param, bias, "ignored", {"weight_decay": 0.1})
+    given, named = head.arguments()
+    return HeadHessian(*given, chunk_size=4, **named), dense_hessian(*given, **named), head
+
+
+@pytest.mark.parametrize("number", [(), (1,), (4,)], ids=str)
+@pytest.mark.parametrize("damping", [1e-3, 1.0])
+def test_solution_is_that_of_the_matrix(problem, number, damping):
+    H, matrix, head = problem
+    g = head.direction(*number)
+    u = flat(H.solve(g, damping, tolerance=1e-10))
+    expected = flat(g) @ torch.linalg.inv(
+        matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
+    )
+    torch.testing.assert_close(u, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_every_residual_is_within_the_tolerance_of_its_own_right_side(problem):
+    H, matrix, head = problem
+    sizes = torch.tensor([1e-6, 1.0, 1e6, 0.0], dtype=torch.float64)
+    g = head.direction(4)
+    for part in g if isinstance(g, tuple) else (g,):
+        part.mul_(sizes.view(-1, *(1,) * (part.dim() - 1)))
+    u = flat(H.solve(g, 0.01, tolerance=1e-3))
+    residuals = (u @ (matrix + 0.01 * torch.eye(len(matrix), dtype=torch.float64)) - flat(g)).norm(
+        dim=1
+    )
+    assert (residuals <= 1.001e-3 * flat(g).norm(dim=1)).all()
+    assert not u[3].any()
+
+
+def test_a_gradient_needs_no_damping():
+    x, W = torch.randn(30, D, dtype=torch.float64), torch.randn(4, D, dtype=torch.float64)
+    H = HeadHessian(x, W)
+    g = H @ torch.randn(4, D, dtype=torch.float64)  # what lies in the range of H
+    assert (H @ H.solve(g, tolerance=1e-8) - g).norm() <= 1.001e-8 * g.norm()
+
+
+def test_a_system_without_a_solution_raises():
+    x, W = torch.randn(30, D, dtype=torch.float64), torch.randn(4, D, dtype=torch.float64)
+    with pytest.raises(UserError, match="damping must be larger"):
+        HeadHessian(x, W).solve(torch.ones(4, D, dtype=torch.float64))
+
+
+def test_a_matrix_that_is_not_definite_raises():
+    x, W = torch.randn(30, D, dtype=torch.float64), torch.randn(4, D, dtype=torch.float64)
+    H = HeadHessian(x, W, row_weight=torch.linspace(-1, 0.5, 30))
+    with pytest.raises(UserError, match="damping must be larger"):
+        H.solve(torch.randn(4, D, dtype=torch.float64), 1e-3, tolerance=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("damping", -1.0), ("tolerance", 0.0), ("g", torch.ones(3))]
+)
+def test_an_unfit_argument_is_named(name, value):
+    H = HeadHessian(torch.ones(2, D), torch.ones(5, D))
+    with pytest.raises(ValueError, match=rf"^{name} must "):
+        H.solve(**{"g": torch.ones(5, D), name: value})
+
+
+# SciPy
+
+
+def test_linear_operator_is_the_matrix(problem):
+    pytest.importorskip("scipy")
+    H, matrix, _ = problem
+    operator = H.as_linear_operator()
+    assert operator.shape == H.shape == tuple(matrix.shape)
+    identity = torch.eye(len(matrix), dtype=torch.float64).numpy()
+    for product in (operator @ identity, operator.H @ identity):
+        torch.testing.assert_close(torch.from_numpy(product), matrix, rtol=1e-12, atol=1e-12)
+    column = torch.from_numpy(operator @ identity[:, 2])
+    torch.testing.assert_close(column, matrix[2], rtol=1e-12, atol=1e-12)
+
+
+def test_eigenvalues_are_the_largest_of_the_matrix(problem):
+    pytest.importorskip("scipy")
+    H, matrix, _ = problem
+    expected = torch.linalg.eigvalsh(matrix).flip(0)[:4]
+    torch.testing.assert_close(H.eigenvalues(4), expected, rtol=1e-9, atol=0)
+
+
+def test_eigenvalues_are_the_same_each_time(problem):
+    pytest.importorskip("scipy")
+    H, *_ = problem
+    assert torch.equal(H.eigenvalues(3), H.eigenvalues(3))
+
+
+@pytest.mark.parametrize(("k", "error"), [(0, ValueError), (5 * D, ValueError), (1.5, TypeError)])
+def test_an_unfit_number_of_eigenvalues_is_named(k, error):
+    with pytest.raises(error, match=r"^k must be"):
+        HeadHessian(torch.ones(2, D), torch.ones(5, D)).eigenvalues(k)
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(_scipy, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs scipy: pip install \"torch_softmax\[curvature\]\""):
+        HeadHessian(torch.ones(2, D), torch.ones(5, D)).eigenvalues(1)

@@ -1,0 +1,321 @@
+"""The Hessian of a softmax head's loss by its weights, as an operator."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks as checks
+from ..losses._autograd import is_transformed
+from ..losses._dtypes import outside_autocast
+from ..optim._conjugate_gradients import Preconditioner
+from ._directions import Direction, as_given, directions_of, flat, joined, parted, unflat
+from ._rows import Batches, Data, Layer, layer_of
+from ._scipy import largest_eigenvalues, linear_operator
+from ._solve import moments_of, solved
+from ._sweeps import (
+    Outer,
+    Traces,
+    add_diagonal_,
+    add_outer_,
+    add_products_,
+    add_traces_,
+    how_of,
+)
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+Given = TypeVar("Given", Tensor, tuple[Tensor, Tensor])
+Sums = TypeVar("Sums", Layer, Outer, Traces)
+
+
+class Kronecker(NamedTuple):
+    """The factors of H ≈ classes ⊗ input, or diag(classes) ⊗ input.
+
+    Args:
+        input: A = Σ r x̃ x̃ᵀ / Σ r, (P, P), where x̃ is x with a 1 behind it where there is a bias.
+        classes: B, the mean or sum of diag S − S Sᵀ, (C, C); or its diagonal, (C,).
+    """
+
+    input: Tensor
+    classes: Tensor
+
+
+class HeadHessian:
+    """The Hessian of a linear layer's cross-entropy by its weight and bias, as an operator.
+
+        H = 1/N Σ_n r_n (diag S_n − S_n S_nᵀ) ⊗ x̃_n x̃_nᵀ,  S = softmax(x Wᵀ + b)
+
+    where x̃ is x, with a 1 for the bias. It is the Gauss-Newton and the Fisher matrix as well, and
+    it is never held: each result is one pass over the rows, in memory for `chunk_size` rows of
+    logits. The labels only say which rows count, and may be left out.
+
+    `H @ u` multiplies a direction u of the parameters: (C, D), or a pair (C, D) and (C) where there
+    is a bias. M directions at once, (M, C, D), or a pair (M, C, D) and (M, C), share the logits:
+    they take 1 + 2 M matrix products of the layer, where one by one they take 3 M.
+
+    All results are in float32, or in float64 where the layer or the input is. They have no
+    gradient, and neither the layer nor the input may change as long as there is the operator.
+
+    Args:
+        input: x, (..., D); or batches, in anything that can be gone over again, as a DataLoader of
+            features can: each is a tensor (..., D), or a tuple of it with its target, and with its
+            row weights behind that.
+        linear_weight: W, (C, D), of a floating-point dtype.
+        target: Class indices (...), of which `ignore_index` leaves its row out; or probabilities
+            (..., C), of which each row counts by their sum. None where all rows count.
+        linear_bias: b, (C).
+        reduction: 'mean', over the rows that count, or 'sum'.
+        weight_decay: λ, at least 0, which adds λ/2 ‖W‖² to the loss. The bias has none.
+        row_weight: r, (...), what the loss of each row is multiplied with. A mean still divides by
+            the number of rows.
+        ignore_index: The class index that leaves its row out.
+        chunk_size: The rows whose logits are held at a time; None for a number that is fast.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes don't fit, a class index is out of range, or an option is unknown; or,
+            in a pass, the batches have another number of rows than in the pass before.
+        NotImplementedError: `linear_weight` is sharded.
+
+    Example:
+        >>> H = HeadHessian(torch.eye(2), torch.zeros(3, 2))
+        >>> H.shape
+        (6, 6)
+        >>> H @ torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+        tensor([[ 0.1111,  0.0000],
+                [-0.0556,  0.0000],
+                [-0.0556,  0.0000]])
+        >>> H.trace()
+        tensor(0.6667)
+
+    Source: Böhning, Multinomial logistic regression algorithm (1992), equation 2; Martens, New
+    insights and perspectives on the natural gradient method (2020), section 9.2.
+    """
+
+    def __init__(
+        self,
+        input: Tensor | Batches,
+        linear_weight: Tensor,
+        target: Tensor | None = None,
+        *,
+        linear_bias: Tensor | None = None,
+        reduction: str = "mean",
+        weight_decay: float = 0.0,
+        row_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        chunk_size: int | None = None,
+    ) -> None:
+        checks.one_of("reduction", reduction, ("mean", "sum"))
+        self.reduction = reduction
+        self.weight_decay = checks.number("weight_decay", weight_decay)
+        checks.finite("weight_decay", self.weight_decay)
+        self.layer = layer_of(linear_weight, linear_bias, input)
+        self.how = how_of(self.layer, checks.chunk_size(chunk_size))
+        self.data = Data(input, target, row_weight, ignore_index, self.layer)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P), for the P numbers of weight and bias."""
+        size = sum(t.numel() for t in self.layer if t is not None)
+        return size, size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the results."""
+        return self.how.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of the results."""
+        return self.layer.W.device
+
+    def __repr__(self) -> str:
+        size, _ = self.shape
+        return f"HeadHessian({size} x {size}, {self.dtype}, {self.device})"
+
+    def __matmul__(self, u: Given) -> Given:
+        """The product with a direction, or with M of them at once, of the same shape."""
+        directions, single = directions_of("a direction", u, self.layer, self.dtype)
+        return as_given(self._products(directions), single)  # type: ignore[return-value]
+
+    def diagonal(self) -> Direction:
+        """The diagonal, (C, D), or a pair (C, D) and (C): 1/N Σ r S (1 − S) x̃², and λ for W.
+
+        It takes one matrix product more than the logits.
+
+        Example:
+            >>> HeadHessian(torch.eye(2), torch.zeros(2, 2), linear_bias=torch.zeros(2)).diagonal()
+            (tensor([[0.1250, 0.1250],
+                    [0.1250, 0.1250]]), tensor([0.2500, 0.2500]))
+        """
+        W, b = self.layer
+        out = Layer(self._zeros(*W.shape), None if b is None else self._zeros(*b.shape))
+        out = self._sum(add_diagonal_, out)
+        out.W.add_(self.weight_decay)
+        return out.W if out.b is None else (out.W, out.b)
+
+    def trace(self) -> Tensor:
+        """The sum of the diagonal, a scalar, without any tensor of the size of W."""
+        return (self._traces().whole + self.weight_decay * self.layer.W.numel()).to(self.dtype)
+
+    def factors(self, *, diagonal: bool = False) -> Kronecker:
+        """The factors of the Kronecker approximation H ≈ classes ⊗ input, as of K-FAC.
+
+        It is exact where all rows have the same x or the same S. Weight decay is left out.
+
+        Args:
+            diagonal: Whether to take only the diagonal of the factor of the classes, which is
+                (C, C) otherwise.
+
+        Example:
+            >>> A, B = HeadHessian(torch.eye(2), torch.zeros(2, 2)).factors()
+            >>> A
+            tensor([[0.5000, 0.0000],
+                    [0.0000, 0.5000]])
+            >>> B
+            tensor([[ 0.2500, -0.2500],
+                    [-0.2500,  0.2500]])
+
+        Source: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
+        curvature (2015), section 3.
+        """
+        classes, features = self.layer.W.shape
+        outer = self._sum(
+            add_outer_,
+            Outer(
+                self._zeros(features, features),
+                self._zeros(features),
+                self._zeros(classes),
+                None if diagonal else self._zeros(classes, classes),
+                self._zeros(dtype=torch.float64),
+            ),
+        )
+        weight = outer.weight.to(self.dtype)
+        of_input = outer.of_input
+        if self.layer.b is not None:
+            row = torch.cat([outer.of_ones, weight.view(1)])
+            of_input = torch.cat([of_input, outer.of_ones.unsqueeze(0)])
+            of_input = torch.cat([of_input, row.unsqueeze(1)], 1)
+        of_classes = outer.diagonal
+        if outer.of_classes is not None:
+            of_classes = -outer.of_classes
+            # On the diagonal, S − S² would be a small difference of large numbers.
+            of_classes.diagonal().copy_(outer.diagonal)
+        return Kronecker(of_input / torch.where(weight == 0, 1, weight), of_classes)
+
+    def solve(self, g: Given, damping: float = 0.0, *, tolerance: float = 1e-4) -> Given:
+        """The u with (H + δ) u = g, by conjugate gradients, for one direction g or M at once.
+
+        Where there is no damping, g must lie in the range of H, as every gradient of the loss does
+        for the rows that the Hessian is of.
+
+        Args:
+            g: A direction, or M of them, as `H @ u` takes them.
+            damping: δ, at least 0, which is added to the whole diagonal.
+            tolerance: The norm of each residual, as a part of that of its g.
+
+        Raises:
+            UserError: The tolerance can't be reached: without damping there may be no solution, and
+                in float32 rounding may hide what is nearly flat, where float64 goes further.
+
+        Example:
+            >>> H = HeadHessian(torch.eye(2), torch.zeros(2, 2), weight_decay=0.25)
+            >>> H.solve(torch.eye(2)).round(decimals=4)
+            tensor([[3., 1.],
+                    [1., 3.]])
+
+        Source: Nocedal and Wright, Numerical Optimization (2006), algorithm 5.3.
+        """
+        damping = checks.number("damping", damping)
+        checks.finite("damping", damping)
+        tolerance = checks.number("tolerance", tolerance)
+        checks.finite("tolerance", tolerance, above_zero=True)
+        right, single = directions_of("g", g, self.layer, self.dtype)
+        with torch.no_grad():
+            curvature = float(self._traces().of_classes) / max(1, len(self.layer.W) - 1)
+            precondition = Preconditioner(
+                moments_of(self.data, self.how), curvature, self.weight_decay + damping, None
+            )
+
+            def multiply(v: Tensor) -> Tensor:
+                product = self._products(parted(v, self.layer))
+                return joined(product).add_(v, alpha=damping)
+
+            u = solved(multiply, joined(right), precondition, tolerance)
+        return as_given(parted(u, self.layer), single)  # type: ignore[return-value]
+
+    def as_linear_operator(self) -> "LinearOperator":
+        """This operator as a `scipy.sparse.linalg.LinearOperator`, of the extra [curvature].
+
+        Its vectors are those of `torch.nn.utils.parameters_to_vector([W, b])`. A matrix of M
+        columns is multiplied as M directions at once.
+
+        Raises:
+            UserError: SciPy is not installed.
+        """
+
+        def multiply(vectors: Tensor) -> Tensor:
+            return flat(self._products(unflat(vectors, self.layer)))
+
+        size, _ = self.shape
+        return linear_operator(multiply, size, self.dtype, self.device)
+
+    def eigenvalues(self, k: int = 6) -> Tensor:
+        """The k largest eigenvalues, (k), from the largest on, by SciPy's Lanczos.
+
+        Args:
+            k: Fewer than the numbers of weight and bias together.
+
+        Raises:
+            UserError: SciPy is not installed.
+
+        Example:
+            >>> HeadHessian(torch.eye(2), torch.zeros(2, 2)).eigenvalues(1)
+            tensor([0.2500])
+
+        Source: Lehoucq, Sorensen and Yang, ARPACK users' guide (1998).
+        """
+        checks.positive("k", k)
+        size, _ = self.shape
+        if k >= size:
+            raise ValueError(f"k must be less than {size}, the order of the Hessian, got {k}")
+        return largest_eigenvalues(self.as_linear_operator(), checks.integer("k", k))
+
+    # The passes over all rows.
+
+    def _products(self, directions: Layer) -> Layer:
+        """The products with directions of a weight (M, C, D) and bias (M, C)."""
+        zeros = (None if t is None else self._zeros(*t.shape) for t in directions)
+        out = self._sum(add_products_, Layer(*zeros), directions)  # type: ignore[arg-type]
+        if self.weight_decay:
+            out.W.add_(directions.W, alpha=self.weight_decay)
+        return out
+
+    def _traces(self) -> Traces:
+        return self._sum(add_traces_, Traces(*self._zeros(2, dtype=torch.float64)))
+
+    def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
+
+    @torch.no_grad()
+    def _sum(self, add_: Callable[..., None], out: Sums, *others: Layer) -> Sums:
+        """The sums or means over all rows, which are added to zeros."""
+        if is_transformed():
+            raise NotImplementedError(
+                "HeadHessian must be used outside of torch.func and of forward mode: it multiplies "
+                "M directions as (M, C, D), and what is to be differentiated is a product by "
+                "torch.func of functional.linear_cross_entropy"
+            )
+        counted = 0
+        with outside_autocast(self.layer.W):
+            for rows in self.data:
+                add_(out, self.layer, rows, self.how, *others)
+                counted += rows.counted
+        if self.reduction == "mean":
+            for total in out:
+                if total is not None:
+                    total.div_(counted or 1)
+        return out
