@@ -47,8 +47,8 @@ class Preconditioner:
     def __init__(
         self, moments: Moments, curvature: float, weight_decay: float, known: Known | None
     ) -> None:
-        self.mean, second = moments
-        epsilon = torch.finfo(second.dtype).eps
+        self.mean, second, made_in = moments
+        epsilon = torch.finfo(made_in or second.dtype).eps
         self.of_bias = max(curvature, epsilon)
         self.matrix = second * self.of_bias
         self.matrix.diagonal().add_(weight_decay)
@@ -110,15 +110,16 @@ def solve(
     gradient: Tensor,
     precondition: Preconditioner,
     accuracy: Accuracy,
+    made_in: torch.dtype | None = None,
 ) -> Solution:
-    """Conjugate gradients for H u = −∇f."""
+    """Conjugate gradients for H u = −∇f, with products made in a dtype, if not the gradient's."""
     u, residual = torch.zeros_like(gradient), gradient.clone()
     z = precondition(residual)
     d, size = -z, dot(residual, z)
     enough = accuracy.relative**2 * size
     # Along a direction of less than this part of the curvature expected, as where S is one-hot for
     # all examples, rounding hides what there is: a solution would lie beyond all meaning.
-    flat = math.sqrt(torch.finfo(gradient.dtype).eps)
+    flat = math.sqrt(torch.finfo(made_in or gradient.dtype).eps)
     known: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MAX_DIRECTIONS)
     products = 0
     while products < _MAX_PRODUCTS:

@@ -1,0 +1,173 @@
+"""Newton's method on an objective, and what one step or one penalty leaves to the next."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..losses._objective import Moments, Objective, Point
+from ._conjugate_gradients import Accuracy, Known, Preconditioner, dot, solve
+
+# A linear system is solved until its residual is this part of what it was.
+_FORCING = 0.25
+_MAX_HALVINGS = 40  # of a step
+
+
+class Result(NamedTuple):
+    """How far `minimize` has come.
+
+    Args:
+        objective: f, the mean loss with the penalty.
+        loss: The mean loss alone.
+        gradient_norm: ‖∇f‖₂, over weight and bias together.
+        steps: The Newton steps done.
+        products: The Hessian-vector products done.
+        converged: Whether gradient_norm is at most the tolerance.
+        reachable: About the gradient norm that the rounding of the parameters leaves, and no step
+            gets below; 0 where nothing had to be known of it.
+    """
+
+    objective: float
+    loss: float
+    gradient_norm: float
+    steps: int
+    products: int
+    converged: bool
+    reachable: float = 0.0
+
+
+class Goal(NamedTuple):
+    """When to stop."""
+
+    gradient: float  # ‖∇f‖₂ to reach
+    weight: float | None  # ‖W − W*‖ to reach, in parts of ‖W‖
+    max_steps: int
+
+
+class Descent:
+    """Newton's method, step by step, from a point of an objective on."""
+
+    def __init__(self, objective: Objective, v: Tensor) -> None:
+        self.point = _start(objective, v)
+        self.objective = objective
+        self.moments: Moments | None = None
+        self.known: Known | None = None
+
+    def change_decay(self, weight_decay: float) -> None:
+        """Go on with another λ, from the point reached: the loss is known there."""
+        before, (v, _, loss, gradient) = self.objective.decay, self.point
+        self.objective = self.objective.with_decay(weight_decay)
+        pull = self.objective.decay * v
+        value = loss + 0.5 * dot(pull, v)
+        self.point = Point(v, value, loss, gradient - before * v + pull)
+
+    def run(self, goal: Goal, report: Callable[[Result, Tensor], None]) -> Result:
+        """Go to the optimum; the start and every point on the way are reported."""
+        result = self._result(0, 0, goal)
+        report(result, self.point.v)
+        for step in range(1, goal.max_steps + 1):
+            if result.converged:
+                break
+            before = self.point.norm
+            products = self._step(goal)
+            if products is None:
+                return result._replace(reachable=self._reachable())
+            result = self._result(step, result.products + products, goal)
+            if not result.converged and result.gradient_norm > before / 2:
+                reachable = self._reachable()
+                if result.gradient_norm <= reachable:
+                    result = result._replace(reachable=reachable)
+            report(result, self.point.v)
+            if result.reachable:
+                break
+        return result
+
+    def _step(self, goal: Goal) -> int | None:
+        """Take a step, and count the products; None where nothing descends."""
+        objective = self._prepared()
+        hessian = objective.hessian(self.point.v)
+        assert self.moments is not None
+        weight_decay = self.objective.weight_decay
+        precondition = Preconditioner(
+            self.moments, hessian.mean_curvature(), weight_decay, self.known
+        )
+        # The last system is solved no further than the tolerance asks for.
+        accuracy = Accuracy(_FORCING, 0.8 * self._enough(goal))
+        made_in = objective.examples.x.dtype
+        u, self.known, products = solve(
+            hessian, self.point.gradient, precondition, accuracy, made_in
+        )
+        descended = descend(objective, self.point, u)
+        if descended is None:
+            return None
+        self.point = descended
+        return products
+
+    def _prepared(self) -> Objective:
+        """The objective, once its moments are known."""
+        if self.moments is None:
+            self.moments = self.objective.moments()
+            if not bool(self.moments.second.isfinite().all()):
+                dtype, largest = self.objective.examples.x.dtype, self.objective.largest()
+                raise ValueError(
+                    f"input must hold numbers whose squares are finite in {dtype}, "
+                    f"got one of {largest:.3g}"
+                )
+            self.objective = self.objective.about_mean(self.moments)
+        return self.objective
+
+    def _enough(self, goal: Goal) -> float:
+        """The gradient norm to reach.
+
+        f is λ-strongly convex in W, so that ‖W − W*‖ ≤ ‖∇f‖ / λ.
+        """
+        if goal.weight is None:
+            return goal.gradient
+        W, _ = self.objective.examples.split(self.point.v)
+        near = goal.weight * self.objective.weight_decay * float(W.norm())
+        return min(goal.gradient, near)
+
+    def _result(self, steps: int, products: int, goal: Goal) -> Result:
+        point = self.point
+        converged = point.norm <= self._enough(goal)
+        return Result(point.value, point.loss, point.norm, steps, products, converged)
+
+    def _reachable(self) -> float:
+        """How far the gradient may change as the parameters are rounded, its norm."""
+        v, objective = self.point.v, self._prepared()
+        signs = 1.0 - 2.0 * (torch.arange(v.numel(), device=v.device) % 2).view_as(v)
+        epsilon = torch.finfo(objective.examples.x.dtype).eps
+        return float(objective.hessian(v)(v * signs * epsilon).norm())
+
+
+def _start(objective: Objective, v: Tensor) -> Point:
+    """Take off v what all classes have in common, or begin at 0 where f is less there."""
+    point = objective.at(objective.rounded(v - v.mean(0)))
+    if math.isnan(point.value):
+        raise ValueError(
+            "model, input and target must hold finite numbers of a moderate size, "
+            f"got a loss of {point.value} at the start"
+        )
+    if not bool(point.v.any()):
+        return point
+    zero = objective.at(torch.zeros_like(v))
+    return zero if zero.value < point.value else point
+
+
+def descend(objective: Objective, point: Point, u: Tensor) -> Point | None:
+    """The first point below v, of v + u, v + u/2, v + u/4, ...; None where there is none.
+
+    It is below by Armijo's condition, f(v + α u) ≤ f(v) + 10⁻⁴ α ∇f(v)·u. Or the slope along u is
+    not yet positive there: then a convex f has fallen all the way, even if rounding hides it.
+    """
+    slope = dot(point.gradient, u)
+    if not slope < 0:
+        return None
+    for halvings in range(_MAX_HALVINGS):
+        length = 0.5**halvings
+        trial = objective.at(objective.rounded(point.v + length * u))
+        if trial.value <= point.value + 1e-4 * length * slope or dot(trial.gradient, u) <= 0:
+            return trial
+    return None
