@@ -144,10 +144,15 @@ class Objective:
                 by_b += by.b
         flat = torch.cat([examples.outward(by_W, by_b).flatten(), loss.view(1)])
         sums = examples.total(flat) / examples.divisor
-        mean_loss = float(sums[-1])
+        return self._point(v, float(sums[-1]), sums[:-1].view_as(v))
+
+    def with_penalty(self, point: Point, decay: Tensor) -> Point:
+        """A point of the same objective with another decay, as one of this."""
+        return self._point(point.v, point.loss, point.gradient - decay * point.v)
+
+    def _point(self, v: Tensor, loss: float, by_loss: Tensor) -> Point:
         pull = self.decay * v
-        penalty = 0.5 * float((pull * v).sum())
-        return Point(v, mean_loss + penalty, mean_loss, sums[:-1].view_as(v) + pull)
+        return Point(v, loss + 0.5 * float((pull * v).sum()), loss, by_loss + pull)
 
     def hessian(self, v: Tensor) -> "Hessian":
         """∇²f(v)."""

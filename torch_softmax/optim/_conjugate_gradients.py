@@ -56,8 +56,13 @@ class Preconditioner:
         self.scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
         scaled = self.scale.unsqueeze(1) * self.matrix * self.scale
         # Rounding must not make a matrix indefinite whose columns depend on one another.
-        scaled.diagonal().add_(10 * epsilon * len(scaled))
-        self.factor = torch.linalg.cholesky(scaled)
+        added = 10 * epsilon * len(scaled)
+        scaled.diagonal().add_(added)
+        self.factor, failed = torch.linalg.cholesky_ex(scaled)
+        while bool(failed):
+            scaled.diagonal().add_(9 * added)
+            added *= 10
+            self.factor, failed = torch.linalg.cholesky_ex(scaled)
         self.known = known
 
     def __call__(self, r: Tensor) -> Tensor:

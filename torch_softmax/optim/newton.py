@@ -57,7 +57,8 @@ def minimize(
         tolerance: The gradient norm to reach.
         weight_tolerance: How near the weight is to come to the optimum W*, ‖W − W*‖ ≤ this ‖W‖,
             besides; None for what the tolerance gives. As f is λ-strongly convex in W, a gradient
-            norm of λ ‖W‖ times this is enough. It takes a weight_decay above 0.
+            norm of λ ‖W‖ times this is enough. Without a penalty nothing tells how near it is,
+            and the gradient norm is to be this part of the tolerance.
         max_steps: The Newton steps to give up after.
         report: Is called with the result so far after every step, once the model is updated.
         ranks: The processes that each hold some of the examples, and the same model.
