@@ -5,7 +5,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, column_or_1d, validate_data
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_array,
+    column_or_1d,
+    validate_data,
+)
 from torch import Tensor
 
 from .. import _checks as checks
@@ -113,6 +118,7 @@ def labels(y: Any, count: int) -> Labels:
     if y is None:
         raise ValueError("requires y to be passed, but the target y is None")
     y = column_or_1d(as_array(y), warn=True)
+    check_array(y, ensure_2d=False, dtype=None, input_name="y")
     check_classification_targets(y)
     if len(y) != count:
         raise ValueError(
@@ -132,11 +138,11 @@ def weights(sample_weight: Any, class_weight: Any, y: Labels) -> Tensor | None:
     w = None
     if sample_weight is not None:
         given = as_array(sample_weight)
-        given = _check_sample_weight(given, y.codes.numpy(), dtype=np.float64)
+        given = _check_sample_weight(
+            given, y.codes.numpy(), dtype=np.float64, ensure_non_negative=True
+        )
         w = torch.from_numpy(given)
-        if bool((w < 0).any()):
-            raise ValueError("sample_weight must hold numbers of at least 0, got one below")
-        if not bool((w > 0).any()):
+        if not bool((w > 0).any()):  # which older versions of scikit-learn take
             raise ValueError("sample_weight must hold a number above 0, got zeros alone")
     if class_weight is None:
         return w

@@ -75,12 +75,18 @@ class Examples:
         D = self.x.features
         return v[:, :D], v[:, D] if self.bias else None
 
+    def moved(self, v: Tensor, sign: int) -> Tensor:
+        """(W, b + W μ) of v = (W, b) for a sign of 1, and back for −1."""
+        if not self.bias or self.x.centre is None:
+            return v
+        W, b = self.split(v)
+        assert b is not None
+        shift = W @ self.x.centre.to(v.dtype)
+        return torch.cat([W, (b + sign * shift).unsqueeze(1)], 1)
+
     def inward(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """(W, b + W μ) in the dtype of the products."""
-        W, b = self.split(v)
-        if b is not None and self.x.centre is not None:
-            b = b + W @ self.x.centre.to(v.dtype)
-        return W.to(self.x.dtype), None if b is None else b.to(self.x.dtype)
+        return self.split(self.moved(v, 1).to(self.x.dtype))
 
     def outward(self, by_W: Tensor, by_b: Tensor | None) -> Tensor:
         """A derivative by v, (K, P), made of those by W and b + W μ."""

@@ -16,6 +16,7 @@ _MAX_HALVINGS = 40  # of a step
 # A matrix of second moments takes the arithmetic of D / 2K products, in a third of their time. It
 # is worth that where it saves a third of more products.
 _WORTH = 0.25
+_STALLED = 4  # steps in a row without a gain that rounding would not hide
 _FEW = 10  # products of a system that needs no better matrix
 
 
@@ -29,8 +30,8 @@ class Result(NamedTuple):
         steps: The Newton steps done.
         products: The Hessian-vector products done.
         converged: Whether gradient_norm is at most the tolerance.
-        reachable: About the gradient norm that the rounding of the parameters leaves, and no step
-            gets below; 0 where nothing had to be known of it.
+        reachable: The gradient norm that rounding has left, where that is what ended it above the
+            tolerance; otherwise 0.
     """
 
     objective: float
@@ -73,30 +74,45 @@ class Descent:
         self.point = self.objective.with_penalty(here, of_before)
         if self.before is not None and min(weight_decay, decay, self.before[0]) > 0:
             length = math.log(weight_decay / decay) / math.log(decay / self.before[0])
-            ahead = self.objective.rounded(here.v + length * (here.v - self.before[1]))
-            self.point = min(self.point, self.objective.at(ahead), key=lambda point: point.value)
+            ahead = self.objective.at(here.v + length * (here.v - self.before[1]))
+            self.point = min(self.point, ahead, key=lambda point: point.value)
         self.before = decay, here.v
 
     def run(self, goal: Goal, report: Callable[[Result, Tensor], None]) -> Result:
         """Go to the optimum; the start and every point on the way are reported."""
         result = self._result(0, 0, goal)
         report(result, self.point.v)
+        epsilon = torch.finfo(self.objective.examples.x.dtype).eps
+        least, stalled, best = epsilon * result.gradient_norm, 0, result
         for step in range(1, goal.max_steps + 1):
             if result.converged:
                 break
-            before = self.point.norm
             products = self._step(goal)
             if products is None:
-                return result._replace(reachable=self._reachable())
-            result = self._result(step, result.products + products, goal)
-            if not result.converged and result.gradient_norm > before / 2:
-                reachable = self._reachable()
-                if result.gradient_norm <= reachable:
-                    result = result._replace(reachable=reachable)
-            report(result, self.point.v)
-            if result.reachable:
+                result = result._replace(reachable=result.gradient_norm)
                 break
-        return result
+            result = self._result(step, result.products + products, goal)
+            report(result, self.point.v)
+            fell = best.objective - result.objective > 4 * epsilon * best.objective
+            if fell or result.gradient_norm < best.gradient_norm / 2:
+                best, stalled = result, 0
+            else:
+                stalled += 1
+            if not result.converged and (stalled == _STALLED or result.gradient_norm <= least):
+                result = result._replace(reachable=result.gradient_norm)
+                break
+        return self._rounded(result, goal)
+
+    def _rounded(self, result: Result, goal: Goal) -> Result:
+        """The result of the parameters as a model keeps them, in the dtype of the products."""
+        v = self.objective.rounded(self.point.v)
+        if torch.equal(v, self.point.v):
+            return result
+        value, loss, norm = (point := self.objective.at(v)).value, point.loss, point.norm
+        converged = result.converged and norm <= self._enough(goal)
+        stopped = result.converged or result.reachable > 0
+        reachable = norm if stopped and not converged else 0.0
+        return Result(value, loss, norm, result.steps, result.products, converged, reachable)
 
     def _step(self, goal: Goal) -> int | None:
         """Take a step, and count the products; None where nothing descends."""
@@ -157,17 +173,10 @@ class Descent:
         converged = point.norm <= self._enough(goal)
         return Result(point.value, point.loss, point.norm, steps, products, converged)
 
-    def _reachable(self) -> float:
-        """How far the gradient may change as the parameters are rounded, its norm."""
-        v, objective = self.point.v, self._prepared()
-        signs = 1.0 - 2.0 * (torch.arange(v.numel(), device=v.device) % 2).view_as(v)
-        epsilon = torch.finfo(objective.examples.x.dtype).eps
-        return float(objective.hessian(v)(v * signs * epsilon).norm())
-
 
 def _start(objective: Objective, v: Tensor) -> Point:
     """Take off v what all classes have in common, or begin at 0 where f is less there."""
-    point = objective.at(objective.rounded(v - v.mean(0)))
+    point = objective.at(v - v.mean(0))
     if math.isnan(point.value):
         raise ValueError(
             "model, input and target must hold finite numbers of a moderate size, "
@@ -190,7 +199,7 @@ def descend(objective: Objective, point: Point, u: Tensor) -> Point | None:
         return None
     for halvings in range(_MAX_HALVINGS):
         length = 0.5**halvings
-        trial = objective.at(objective.rounded(point.v + length * u))
+        trial = objective.at(point.v + length * u)
         if trial.value <= point.value + 1e-4 * length * slope or dot(trial.gradient, u) <= 0:
             return trial
     return None
