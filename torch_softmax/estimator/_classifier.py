@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..losses._chunked import slices
-from ..losses._rows import Rows
 from ..modules import SoftmaxRegression
 from ._data import as_array, check_C, check_examples, examples_of, place_of
 from ._fit import check_parameters, fit_model, model_at, shortcoming
@@ -71,10 +70,10 @@ class LinearSoftmax(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     @torch.no_grad()
     def _logits(self, X: Any) -> Tensor:
         check_is_fitted(self)
-        x = check_examples(self, X, reset=False)
+        rows = check_examples(self, X, reset=False)
         device = place_of(self.device, X)
         W, b = (torch.as_tensor(value).to(device) for value in (self.coef_, self.intercept_))
-        rows = Rows(x).to(device, W.dtype)
+        rows = rows.to(device, W.dtype)
         parts = slices(len(rows), max(1, _SCORED // rows.features))
         z = torch.cat([torch.addmm(b, rows.read(part), W.t()) for part in parts])
         return z.squeeze(1) if len(self.classes_) == 2 else z
@@ -152,8 +151,9 @@ class SoftmaxClassifier(LinearSoftmax):
         """Go to the optimum.
 
         Args:
-            X: (N, D): an array, memory-mapped or not, a frame or a tensor, of any real dtype. It is
-                read a few rows at a time and not copied, but to a device on which it fits.
+            X: (N, D): an array, memory-mapped or not, a frame, a tensor, or `optim.Rows`, of any
+                real dtype. It is read a few rows at a time, and not copied but to a device on
+                which it fits.
             y: The class of each example, (N,): integers or strings.
             sample_weight: What each example counts for, (N,).
 

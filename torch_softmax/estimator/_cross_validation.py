@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import _checks as checks
+from ..losses._rows import Rows
 from ..modules import SoftmaxRegression
 from ..optim import Result, penalty_path
 from ._classifier import LinearSoftmax, SoftmaxClassifier
@@ -167,6 +168,8 @@ class SoftmaxClassifierCV(LinearSoftmax):
 
 def _taken(X: Any, index: Any) -> Any:
     """Some of the examples, as a frame or a tensor where they are in one."""
+    if isinstance(X, Rows):
+        return X.take(torch.as_tensor(index))
     if isinstance(X, Tensor):
         return X[torch.as_tensor(index).to(X.device)]
     return _safe_indexing(X, index) if hasattr(X, "columns") else np.asarray(X)[index]

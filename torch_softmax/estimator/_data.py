@@ -1,5 +1,6 @@
 """What scikit-learn's users hand in: examples, labels and weights, checked without a copy."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,10 +52,10 @@ class Examples(NamedTuple):
 
 def examples_of(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Examples:
     """Check what is given to `fit`."""
-    x = check_examples(estimator, X, reset=True)
-    of_y = labels(y, len(x))
+    rows = check_examples(estimator, X, reset=True)
+    of_y = labels(y, len(rows))
     w = weights(sample_weight, estimator.class_weight, of_y)
-    rows = rows_of(x, place_of(estimator.device, X), dtype_of(estimator.dtype, x))
+    rows = placed(rows, place_of(estimator.device, X), dtype_of(estimator.dtype, rows.x))
     return Examples(rows, of_y, w)
 
 
@@ -86,31 +87,36 @@ def dtype_of(dtype: Any, X: Tensor) -> torch.dtype:
     return torch.float32 if X.dtype in (torch.float32, *_HALF) else torch.float64
 
 
-def check_examples(estimator: Any, X: Any, *, reset: bool) -> Tensor:
-    """Check X (N, D), and take it for a tensor that shares its memory."""
-    if isinstance(X, Tensor):
-        if X.dim() != 2:
-            raise ValueError(f"Expected 2D array, got {X.dim()}D tensor instead: X.shape={X.shape}")
-        if X.is_complex():
-            raise ValueError("Complex data not supported: X must be real")
-        if 0 in X.shape:
-            least = "sample(s)" if len(X) == 0 else "feature(s)"
-            raise ValueError(f"Found array with 0 {least} (shape={tuple(X.shape)})")
-        validate_data(estimator, X, skip_check_array=True, reset=reset)
-        x = X.detach()
+def check_examples(estimator: Any, X: Any, *, reset: bool) -> Rows:
+    """Check X (N, D), and take it for rows that share its memory."""
+    if isinstance(X, Rows | Tensor):
+        rows = X if isinstance(X, Rows) else _rows_of_tensor(X)
+        if 0 in rows.x.shape or len(rows) == 0:
+            least = "feature(s)" if len(rows) else "sample(s)"
+            raise ValueError(f"Found array with 0 {least} (shape={tuple(rows.x.shape)})")
+        validate_data(estimator, rows.x, skip_check_array=True, reset=reset)
     else:
         # Numbers that are no floats of 4 or 8 bytes would be checked by copies of them all.
         array = validate_data(estimator, X, reset=reset, dtype="numeric", ensure_all_finite=False)
-        x = _shared(array)
-    _check_finite(x)
-    return x
+        rows = Rows(_shared(array))
+    _check_finite(rows.x)
+    return rows
 
 
-def rows_of(x: Tensor, device: torch.device, dtype: torch.dtype) -> Rows:
+def _rows_of_tensor(X: Tensor) -> Rows:
+    if X.dim() != 2:
+        raise ValueError(f"Expected 2D array, got {X.dim()}D tensor instead: X.shape={X.shape}")
+    if X.is_complex():
+        raise ValueError("Complex data not supported: X must be real")
+    return Rows(X)
+
+
+def placed(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:
     """The examples to be read for a device; they are moved there at once where they fit."""
+    x = rows.x
     if device != x.device and x.nbytes <= _MOVED * memory_of(device):
-        x = x.to(device)
-    return Rows(x).to(device, dtype)
+        rows = replace(rows, x=x.to(device))
+    return rows.to(device, dtype)
 
 
 def labels(y: Any, count: int) -> Labels:
