@@ -10,6 +10,11 @@ import torch
 
 from .._checks import UserError
 
+_UNREADABLE = (
+    *(ValueError, TypeError, AttributeError, RuntimeError, EOFError),
+    *(UnpicklingError, zipfile.BadZipFile),
+)
+
 
 class File(NamedTuple):
     """What a file holds."""
@@ -29,26 +34,18 @@ def read_file(name: str) -> File:
     """
     try:
         if "," in name:
-            X, y = (np.load(path, mmap_mode="r") for path in name.split(",", 1))
+            X, y = (np.lib.format.open_memmap(path, mode="r") for path in name.split(",", 1))
         elif Path(name).suffix == ".pt":
             held = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
             X, y = held["X"], held["y"]
         else:
-            with np.load(name) as held:
+            with open(name, "rb") as file, np.load(file) as held:
                 X, y = held["X"], held["y"]
     except KeyError:
         raise UserError(f"{name} must hold X and y, got {', '.join(map(str, held))}") from None
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        UnpicklingError,
-        EOFError,
-    ) as error:
-        raise UserError(f"{name} can't be read: {_first_line(error)}") from None
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{name} can't be read: {_first_line(error)}") from None
+    except _UNREADABLE as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} can't be read: {first}") from None
     if X.ndim != 2 or y.ndim != 1 or len(X) != len(y):
         raise UserError(
             f"{name} must hold X (N, D) and y (N,), got {tuple(X.shape)} and {tuple(y.shape)}"
@@ -56,7 +53,3 @@ def read_file(name: str) -> File:
     if len(X) == 0:
         raise UserError(f"{name} must hold at least one example, got none")
     return File(X, y)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
