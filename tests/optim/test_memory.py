@@ -25,7 +25,7 @@ model = SoftmaxRegression(256, 3)
 status = Path("/proc/self/status").read_text().split()
 used = 1024 * int(status[status.index("VmData:") + 1])
 resource.setrlimit(resource.RLIMIT_DATA, (used + room, used + room))
-result = minimize(model, Rows(X), y, weight_decay=1e-2, tolerance=1e-3)
+result = minimize(model, Rows(X), y, weight_decay=0.1, tolerance=1e-3)
 right = int((model.predict(torch.from_numpy(X[:3000].astype("f4"))) == y[:3000]).sum())
 print(result.converged, right)
 """
@@ -37,7 +37,7 @@ MIB = 2**20
 def test_memory_mapped_examples_are_fitted_in_less_memory_than_they_take(tmp_path):
     # Rows of 512 bytes, of which the first three numbers tell the class.
     np = pytest.importorskip("numpy")
-    rows, room = 3 * 2**17, 80 * MIB
+    rows, room = 3 * 2**16, 44 * MIB
     path = tmp_path / "X"
     X = np.memmap(path, dtype=np.float16, mode="w+", shape=(rows, 256))
     X[np.arange(rows), np.arange(rows) % 3] = 1

@@ -107,15 +107,24 @@ class MeanHessian:
     def __init__(self, examples: Examples, v: Tensor) -> None:
         self.examples = examples
         self.W, self.b = examples.inward(v)
-        room = _HELD * memory_of(examples.x.device)
+        x, classes = examples.x, len(self.W)
+        # Made once: small tensors that stay between large ones that go would break up the heap.
+        fitting = int(_HELD * memory_of(x.device)) // (classes * x.dtype.itemsize)
+        held = self.W.new_empty(min(len(x), fitting) * classes)
         self.held: list[Tensor | None] = []  # (parts, K, n) for each piece
-        self.curvatures: list[Tensor] = []  # for each piece, of its rows: m (1 − Σ S²) / (K − 1)
-        for x, mass in examples.pieces():
-            softmax = self._softmax(x)
-            room -= softmax.nbytes
-            self.held.append(softmax if room >= 0 else None)
-            traces = (1 - softmax.square().sum(1, keepdim=True)) / max(1, len(self.W) - 1)
-            self.curvatures.append((traces if mass is None else traces * mass).flatten())
+        # m (1 − Σ S²) / (K − 1) of each example: the mean eigenvalue of m J, apart from one of 0
+        self.curvature = self.W.new_empty(len(x))
+        done = 0
+        for piece, mass in examples.pieces():
+            parts, rows, _ = piece.shape
+            room = held[done * classes : (done + parts * rows) * classes]
+            fits = len(room) == parts * rows * classes
+            softmax = self._softmax(piece, room.view(parts, classes, rows) if fits else None)
+            self.held.append(softmax if fits else None)
+            traces = (1 - softmax.square().sum(1, keepdim=True)) / max(1, classes - 1)
+            traces = traces if mass is None else traces * mass
+            self.curvature[done : done + parts * rows] = traces.flatten()
+            done += parts * rows
 
     def __call__(self, u: Tensor) -> Tensor:
         """1/N Σ_n m_n J_n (u x_n) x_nᵀ, with J the softmax's Jacobian, (K, P)."""
@@ -133,12 +142,12 @@ class MeanHessian:
         return examples.total(examples.outward(by_W, by_b)) / examples.divisor
 
     def mean_curvature(self) -> float:
-        """The mean eigenvalue of 1/N Σ_n m_n J_n, apart from its eigenvalue 0, by J's trace."""
-        totals = [c.sum().to(self.examples.sums) for c in self.curvatures]
-        return float(self.examples.total(torch.stack(totals).sum())) / self.examples.divisor
+        """The mean of the examples' curvatures."""
+        total = self.curvature.sum(dtype=self.examples.sums)
+        return float(self.examples.total(total)) / self.examples.divisor
 
-    def _softmax(self, x: Tensor) -> Tensor:
-        return torch.softmax(_logits(self.W, self.b, x), 1)
+    def _softmax(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.softmax(_logits(self.W, self.b, x), 1, out=out)
 
 
 def _logits(W: Tensor, b: Tensor | None, x: Tensor) -> Tensor:

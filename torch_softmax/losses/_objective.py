@@ -158,11 +158,10 @@ class Objective:
         """∇²f(v)."""
         return Hessian(MeanHessian(self.examples, v), self.decay)
 
-    def moments(self, curvatures: list[Tensor] | None = None) -> Moments:
+    def moments(self, curvature: Tensor | None = None) -> Moments:
         """Those of the examples, each by its weight; or by its curvature where S is known."""
         x, sums = self.examples.x, self.examples.sums
-        by_row = None if curvatures is None else torch.cat(curvatures)
-        weight = self.weight if by_row is None else by_row
+        weight = self.weight if curvature is None else curvature
         count = self._sum(len(x) if weight is None else weight.sum(dtype=sums))
         mean = None
         if self.examples.bias:

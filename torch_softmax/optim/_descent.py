@@ -121,7 +121,7 @@ class Descent:
         assert self.moments is not None
         features, classes = len(self.moments.second), len(self.point.v)
         if self.products > max(_FEW, _WORTH * features / classes):
-            weighted = objective.moments(hessian.of_losses.curvatures)
+            weighted = objective.moments(hessian.of_losses.curvature)
             # Where all softmaxes are one-hot, no example has any weight.
             if bool(weighted.second.isfinite().all()):
                 self.moments = weighted
