@@ -55,7 +55,7 @@ class Descent:
     """Newton's method, step by step, from a point of an objective on."""
 
     def __init__(self, objective: Objective, v: Tensor) -> None:
-        self.point = _start(objective, v)
+        self.point, self.size = _start(objective, v)
         self.objective = objective
         self.moments: Moments | None = None
         self.known: Known | None = None
@@ -83,7 +83,7 @@ class Descent:
         result = self._result(0, 0, goal)
         report(result, self.point.v)
         epsilon = torch.finfo(self.objective.examples.x.dtype).eps
-        least, stalled, best = epsilon * result.gradient_norm, 0, result
+        stalled, best = 0, result
         for step in range(1, goal.max_steps + 1):
             if result.converged:
                 break
@@ -98,7 +98,9 @@ class Descent:
                 best, stalled = result, 0
             else:
                 stalled += 1
-            if not result.converged and (stalled == _STALLED or result.gradient_norm <= least):
+            if not result.converged and (
+                stalled == _STALLED or result.gradient_norm <= epsilon * self.size
+            ):
                 result = result._replace(reachable=result.gradient_norm)
                 break
         return self._rounded(result, goal)
@@ -174,18 +176,20 @@ class Descent:
         return Result(point.value, point.loss, point.norm, steps, products, converged)
 
 
-def _start(objective: Objective, v: Tensor) -> Point:
-    """Take off v what all classes have in common, or begin at 0 where f is less there."""
+def _start(objective: Objective, v: Tensor) -> tuple[Point, float]:
+    """Begin at v without what all classes have in common, or at 0 where f is less there.
+
+    Returns:
+        The start, and the gradient norm at 0, which tells how large the gradient's terms are.
+    """
     point = objective.at(v - v.mean(0))
     if math.isnan(point.value):
         raise ValueError(
             "model, input and target must hold finite numbers of a moderate size, "
             f"got a loss of {point.value} at the start"
         )
-    if not bool(point.v.any()):
-        return point
-    zero = objective.at(torch.zeros_like(v))
-    return zero if zero.value < point.value else point
+    zero = objective.at(torch.zeros_like(v)) if bool(point.v.any()) else point
+    return (zero if zero.value < point.value else point), zero.norm
 
 
 def descend(objective: Objective, point: Point, u: Tensor) -> Point | None:
