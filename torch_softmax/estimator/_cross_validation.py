@@ -1,6 +1,5 @@
 """`SoftmaxClassifierCV`: the penalty that predicts best, by paths over the folds."""
 
-import copy
 import numbers
 import warnings
 from collections.abc import Callable, Iterator
@@ -98,18 +97,18 @@ class SoftmaxClassifierCV(LinearSoftmax):
         self.scores_ = np.zeros((len(folds), len(Cs)))
         self.n_iter_ = np.zeros((len(folds), len(Cs)), dtype=np.int32)
         problems: list[str | None] = []
-        models: dict[tuple[int, float], SoftmaxRegression] = {}
+        means: dict[float, SoftmaxRegression] = {}  # of the folds' models, at each C
         with tqdm(total=self.scores_.size, unit="fit", disable=not self.verbose) as bar:
             for fold, (train, test) in enumerate(folds):
                 score = self._scorer(X, every, sample_weight, test)
                 for C, model, result in self._path(every.take(torch.as_tensor(train)), Cs):
                     at = fold, Cs.index(C)
-                    models[fold, C] = model
+                    means[C] = model if fold == 0 else _mean(means[C], model, fold)
                     self.scores_[at], self.n_iter_[at] = score(model), result.steps
                     problems.append(shortcoming(result, every, C, self.tol))
                     bar.update()
         self.C_ = Cs[int(self.scores_.mean(0).argmax())]
-        model = _mean([models[fold, self.C_] for fold in range(len(folds))])
+        model = means[self.C_]
         if self.refit:
             result = fit_model(model, every, self.C_, self)
             problems.append(shortcoming(result, every, self.C_, self.tol))
@@ -186,10 +185,9 @@ def _values(Cs: Any) -> list[float]:
     return values
 
 
-def _mean(models: list[SoftmaxRegression]) -> SoftmaxRegression:
-    """The model of the mean coefficients."""
-    mean = copy.deepcopy(models[0])
+def _mean(mean: SoftmaxRegression, model: SoftmaxRegression, count: int) -> SoftmaxRegression:
+    """The mean of some models, with one more."""
     with torch.no_grad():
         for name, value in mean.named_parameters():
-            value.copy_(torch.stack([getattr(model, name) for model in models]).mean(0))
+            value.lerp_(getattr(model, name), 1 / (count + 1))
     return mean
