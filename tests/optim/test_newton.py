@@ -117,7 +117,9 @@ def test_a_mean_that_is_large_for_float32():
     model, exact = SoftmaxRegression(1, 2), SoftmaxRegression(1, 2, dtype=torch.float64)
     result = newton.minimize(model, far, target, 0.0)
     expected = newton.minimize(exact, far.double(), target, 0.0, tolerance=1e-9)
-    assert result.converged
+    # The bias is rounded to some 1e-5, which the mean multiplies.
+    assert result.gradient_norm <= 1e-3
+    assert result.converged or result.reachable == result.gradient_norm
     assert result.objective == pytest.approx(expected.objective, abs=1e-6)
 
 
