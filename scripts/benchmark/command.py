@@ -38,6 +38,7 @@ from .measure import (
 )
 from .mnist import mnist_epoch
 from .parallel import parallel
+from .probe import probe
 from .roofline import roofline
 from .start import start
 
@@ -73,6 +74,7 @@ SECTIONS: dict[str, Section] = {
     "mnist-epoch": on_one_thread(mnist_epoch),
     "start": on_one_thread(start),
     "parallel": parallel,
+    "probe": probe,
     "roofline": roofline,
 }
 

@@ -58,6 +58,14 @@ class Ranks:
         parts = means.split([value.numel() for value in values])
         return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
 
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up a tensor over the ranks."""
+        if self.size == 1:
+            return values
+        sums = values.clone()
+        dist.all_reduce(sums)
+        return sums
+
     def total(self, *counts: Tensor | int) -> list[Tensor | int]:
         """Add up counts over the ranks, in one message."""
         if self.size == 1:

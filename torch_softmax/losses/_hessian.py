@@ -1,10 +1,11 @@
 """The Hessian of a linear layer's mean loss by its weights, for many products at one point.
 
-The sweeps work S out again for each direction. This holds it, and so takes two products of the
-layer where they take three, for memory of N K numbers.
+The sweeps work S out again for each direction. This holds it where it fits, and so takes two
+products of the layer where they take three, for memory of N K numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from . import _formulas as formulas
 from ._chunked import slices
+from ._rows import Rows, memory_of
+
+_HELD = 0.25  # of the memory of a device, for S
 
 
 class Piece(NamedTuple):
@@ -21,69 +25,132 @@ class Piece(NamedTuple):
     """
 
     x: Tensor  # (parts, n, D)
-    mass: Tensor | None  # of their targets, (parts, 1, n), None for 1
+    mass: Tensor | None  # what the loss's log-sum is multiplied with, (parts, 1, n); None for 1
 
 
-def cut(x: Tensor, mass: Tensor | None, rows: int, parts: int) -> Iterator[Piece]:
-    """Cut examples x (N, D) into pieces of a number of parts, each of at most some rows."""
-    for piece in slices(len(x), rows * parts):
-        x_piece, m_piece = x[piece], None if mass is None else mass[piece]
-        equal = parts if len(x_piece) % parts == 0 else 1
-        yield Piece(
-            x_piece.view(equal, -1, x.shape[1]),
-            None if m_piece is None else m_piece.view(equal, 1, -1),
-        )
+@dataclass(frozen=True)
+class Examples:
+    """All examples, and what the parameters v = (W, b) of a layer do to them.
 
+    v is (K, P): with P = D + 1, the last column for b, or with P = D where there is no bias. It is
+    in the dtype of sums, and products are in that of the rows. Rows that lie far from 0 are
+    multiplied as x − μ, with W x + b = W (x − μ) + (b + W μ), as rounding would hide the rest.
 
-class Examples(NamedTuple):
-    """All examples in pieces, and what the parameters v = (W, b) of a layer do to them.
-
-    v is (K, P): with P = D + 1, the last column for b, or with P = D where there is no bias.
+    Args:
+        x: The rows of this process.
+        mass: What each log-sum is multiplied with, (N,), None for 1.
+        divisor: What sums over all examples are divided by.
+        bias: Whether there is a b.
+        step: The rows of a part.
+        parts: In how many parts to multiply a piece.
+        total: Adds up a tensor over all processes that have some of the rows.
     """
 
-    pieces: list[Piece]
-    number: int
-    features: int
+    x: Rows
+    mass: Tensor | None
+    divisor: float
     bias: bool
+    step: int
+    parts: int
+    total: Callable[[Tensor], Tensor]
+
+    def pieces(self) -> Iterator[Piece]:
+        """The examples, a few at a time."""
+        for rows in slices(len(self.x), self.step * self.parts):
+            x = self.x.read(rows)
+            mass = None if self.mass is None else self.mass[rows]
+            equal = self.parts if len(x) % self.parts == 0 else 1
+            yield Piece(
+                x.reshape(equal, len(x) // equal, self.x.features),
+                None if mass is None else mass.view(equal, 1, len(mass) // equal),
+            )
+
+    @property
+    def sums(self) -> torch.dtype:
+        """The dtype of v and of sums over rows: float64, where the device has that."""
+        return self.x.dtype if self.x.device.type == "mps" else torch.float64
 
     def split(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """(W, b) as views of v."""
-        return v[:, : self.features], v[:, self.features] if self.bias else None
+        D = self.x.features
+        return v[:, :D], v[:, D] if self.bias else None
 
-    def logits(self, v: Tensor, x: Tensor) -> Tensor:
-        """W xᵀ + b of each part, (parts, K, n)."""
+    def moved(self, v: Tensor, sign: int) -> Tensor:
+        """(W, b + W μ) of v = (W, b) for a sign of 1, and back for −1."""
+        if not self.bias or self.x.centre is None:
+            return v
         W, b = self.split(v)
-        z = torch.bmm(W.expand(len(x), -1, -1), x.transpose(1, 2))
-        return z if b is None else z.add_(b.unsqueeze(1))
+        assert b is not None
+        shift = W @ self.x.centre.to(v.dtype)
+        return torch.cat([W, (b + sign * shift).unsqueeze(1)], 1)
 
-    def add_mean_(self, total: Tensor, a: Tensor, x: Tensor) -> None:
-        """Add 1/N Σ a xᵀ to a total (K, P), over all parts of a (parts, K, n) and of x."""
-        W, b = self.split(total)
-        W.add_(torch.bmm(a, x).sum(0), alpha=1 / self.number)
-        if b is not None:
-            b.add_(a.sum((0, 2)), alpha=1 / self.number)
+    def inward(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(W, b + W μ) in the dtype of the products."""
+        return self.split(self.moved(v, 1).to(self.x.dtype))
+
+    def outward(self, by_W: Tensor, by_b: Tensor | None) -> Tensor:
+        """A derivative by v, (K, P), made of those by W and b + W μ."""
+        if by_b is None:
+            return by_W
+        if self.x.centre is not None:
+            by_W = by_W + by_b.unsqueeze(1) * self.x.centre.to(by_W.dtype)
+        return torch.cat([by_W, by_b.unsqueeze(1)], 1)
 
 
 class MeanHessian:
-    """∇² 1/N Σ_n L_n at the parameters v, which multiplies a direction; it holds S of all rows."""
+    """∇² 1/N Σ_n L_n at the parameters v, which multiplies a direction.
+
+    It holds S of the rows for which a share of the memory suffices, and works out the others' again
+    for each product.
+    """
 
     def __init__(self, examples: Examples, v: Tensor) -> None:
         self.examples = examples
-        # (parts, K, n) for each piece
-        self.softmaxes = [torch.softmax(examples.logits(v, x), 1) for x, _ in examples.pieces]
+        self.W, self.b = examples.inward(v)
+        x, classes = examples.x, len(self.W)
+        # Made once: small tensors that stay between large ones that go would break up the heap.
+        fitting = int(_HELD * memory_of(x.device)) // (classes * x.dtype.itemsize)
+        held = self.W.new_empty(min(len(x), fitting) * classes)
+        self.held: list[Tensor | None] = []  # (parts, K, n) for each piece
+        # m (1 − Σ S²) / (K − 1) of each example: the mean eigenvalue of m J, apart from one of 0
+        self.curvature = self.W.new_empty(len(x))
+        done = 0
+        for piece, mass in examples.pieces():
+            parts, rows, _ = piece.shape
+            room = held[done * classes : (done + parts * rows) * classes]
+            fits = len(room) == parts * rows * classes
+            softmax = self._softmax(piece, room.view(parts, classes, rows) if fits else None)
+            self.held.append(softmax if fits else None)
+            traces = (1 - softmax.square().sum(1, keepdim=True)) / max(1, classes - 1)
+            traces = traces if mass is None else traces * mass
+            self.curvature[done : done + parts * rows] = traces.flatten()
+            done += parts * rows
 
     def __call__(self, u: Tensor) -> Tensor:
         """1/N Σ_n m_n J_n (u x_n) x_nᵀ, with J the softmax's Jacobian, (K, P)."""
-        examples, product = self.examples, torch.zeros_like(u)
-        for (x, mass), softmax in zip(examples.pieces, self.softmaxes, strict=True):
-            a = formulas.jacobian_product(softmax, examples.logits(u, x), 1)
-            examples.add_mean_(product, a if mass is None else a * mass, x)
-        return product
+        examples = self.examples
+        W, b = examples.inward(u)
+        by_W = torch.zeros_like(u[:, : examples.x.features])
+        by_b = None if b is None else u.new_zeros(len(u))
+        for (x, mass), softmax in zip(examples.pieces(), self.held, strict=True):
+            softmax = self._softmax(x) if softmax is None else softmax
+            a = formulas.jacobian_product(softmax, _logits(W, b, x), 1)
+            a = a if mass is None else a * mass
+            by_W += torch.bmm(a, x).sum(0)
+            if by_b is not None:
+                by_b += a.sum((0, 2))
+        return examples.total(examples.outward(by_W, by_b)) / examples.divisor
 
     def mean_curvature(self) -> float:
-        """The mean eigenvalue of 1/N Σ_n m_n J_n, apart from its eigenvalue 0, by J's trace."""
-        total = 0.0
-        for (_, mass), softmax in zip(self.examples.pieces, self.softmaxes, strict=True):
-            traces = 1 - softmax.square().sum(1, keepdim=True)
-            total += float((traces if mass is None else traces * mass).sum())
-        return total / self.examples.number / max(1, softmax.shape[1] - 1)
+        """The mean of the examples' curvatures."""
+        total = self.curvature.sum(dtype=self.examples.sums)
+        return float(self.examples.total(total)) / self.examples.divisor
+
+    def _softmax(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.softmax(_logits(self.W, self.b, x), 1, out=out)
+
+
+def _logits(W: Tensor, b: Tensor | None, x: Tensor) -> Tensor:
+    """W xᵀ + b of each part, (parts, K, n)."""
+    z = torch.bmm(W.expand(len(x), -1, -1), x.transpose(1, 2))
+    return z if b is None else z.add_(b.unsqueeze(1))

@@ -1,12 +1,14 @@
 """The objective of softmax regression: the mean loss over all examples, with an L2 penalty.
 
-    f(v) = 1/N Σ_n L_n + λ/2 ‖W‖²
+    f(v) = 1/Σw Σ_n w_n L_n + λ/2 ‖W‖²
 
 v = (W, b) are the parameters of a linear layer, (K, P): with P = D + 1, the last column for b, or
-with P = D where there is no bias.
+with P = D where there is no bias. The weights w of the examples are 1 but where they are given.
 """
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from ._chunked import slices
 from ._formulas import Factors
-from ._hessian import Examples, MeanHessian, cut
+from ._hessian import Examples, MeanHessian
+from ._rows import Rows
 from ._sweeps import How, Inputs, numbers_and_gradients
 from ._targets import NO_OPTIONS, fold
 
@@ -23,6 +26,10 @@ _OPTIONS = NO_OPTIONS._replace(ignore_index=IGNORED, reduction="sum")
 
 # Numbers of x to work out at a time, so that a CPU finds them in its cache for the second product.
 _CACHED_INPUT = 2**20
+# Other devices want few large kernels.
+_LAUNCHED_INPUT = 2**26
+# Features whose mean is this many of their standard deviations from 0 are multiplied about it.
+_FAR = 8
 
 
 class Point(NamedTuple):
@@ -40,7 +47,7 @@ class Point(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The first and second moments of examples x.
+    """The first and second moments of examples x, that may be weighted.
 
     Where there is a bias, the second moments are those of x − mean, which are not lost in rounding
     where the mean is large; and otherwise those of x.
@@ -48,58 +55,147 @@ class Moments(NamedTuple):
 
     mean: Tensor | None  # (D,), where there is a bias
     second: Tensor  # (D, D)
+    made_in: torch.dtype | None = None  # the dtype of the products, where it is another
+
+
+def alone(sums: Tensor) -> Tensor:
+    """The sums over all processes, where there is one."""
+    return sums
 
 
 class Objective:
-    """f over all examples."""
+    """f over all examples, of which every process may hold some.
 
-    def __init__(self, x: Tensor, target: Tensor, weight_decay: float, bias: bool) -> None:
-        count, features = x.shape
-        self.x = x
-        self.terms = fold(target, _OPTIONS, target.shape[-1], x.dtype, may_ignore=False)
-        self.decay = x.new_full((features + bias,), weight_decay)
-        self.decay[features:] = 0
-        # Other devices than a CPU want few large kernels.
-        on_cpu = x.device.type == "cpu"
-        self.chunk_size = max(256, _CACHED_INPUT // features) if on_cpu else count
+    Args:
+        x: The examples of this process.
+        target: Their class indices (N,) or probabilities (N, K).
+        weight_decay: λ.
+        bias: Whether there is a b.
+        weight: w of these examples, (N,); None for 1.
+        total: Adds up a tensor over all processes.
+    """
+
+    def __init__(
+        self,
+        x: Tensor | Rows,
+        target: Tensor,
+        weight_decay: float,
+        bias: bool,
+        weight: Tensor | None = None,
+        total: Callable[[Tensor], Tensor] = alone,
+    ) -> None:
+        rows = x if isinstance(x, Rows) else Rows(x).to(x.device, x.dtype)
+        terms = fold(target, _OPTIONS, target.shape[-1], rows.dtype, may_ignore=False)
+        self.y = terms.y
+        self.weight = None if weight is None else weight.to(rows.device, rows.dtype)
+        mass = self.weight if terms.mass is None else terms.mass
+        if self.weight is not None and terms.mass is not None:
+            mass = terms.mass * self.weight
+        on_cpu = rows.device.type == "cpu"
+        numbers = _CACHED_INPUT if on_cpu else _LAUNCHED_INPUT
+        step = max(256, numbers // rows.features)
+        self.examples = Examples(rows, mass, 1.0, bias, step, 1, total)
+        counted = len(rows) if weight is None else weight.to(self.examples.sums).sum()
+        divisor = torch.as_tensor(counted, dtype=self.examples.sums, device=rows.device)
         parts = torch.get_num_threads() if on_cpu else 1
-        pieces = list(cut(x, self.terms.mass, self.chunk_size, parts))
-        self.examples = Examples(pieces, count, features, bias)
+        self.examples = replace(self.examples, divisor=float(total(divisor)), parts=parts)
+        self.weight_decay = weight_decay
+        self.decay = self._decay()
+
+    def with_decay(self, weight_decay: float) -> "Objective":
+        """The same with another λ."""
+        other = copy.copy(self)
+        other.weight_decay = weight_decay
+        other.decay = other._decay()
+        return other
+
+    def about_mean(self, moments: Moments) -> "Objective":
+        """The same, multiplied about the mean of the rows where that is far from 0."""
+        if moments.mean is None:
+            return self
+        if not bool((moments.mean.square() > _FAR**2 * moments.second.diagonal()).any()):
+            return self
+        other, x = copy.copy(self), self.examples.x
+        centre = moments.mean.to(x.dtype)
+        other.examples = replace(self.examples, x=replace(x, centre=centre))
+        return other
+
+    def rounded(self, v: Tensor) -> Tensor:
+        """Parameters as they are in the dtype of the products, which is the model's."""
+        return v.to(self.examples.x.dtype).to(v.dtype)
 
     def at(self, v: Tensor) -> Point:
         """Value and gradient."""
-        y, mass, *_ = self.terms
-        inputs = Inputs(self.x, *self.examples.split(v), *y)
-        wanted = Inputs(False, True, self.examples.bias, False)
-        how = How(self.chunk_size, v.dtype, v.dtype)
-        numbers, by = numbers_and_gradients(inputs, Factors(mass), wanted, how)
-        assert numbers is not None
-        losses = numbers.gap + (numbers.log_sum if mass is None else mass * numbers.log_sum)
-        gradient = self.decay * v
-        loss = float(losses.double().mean())
-        penalty = 0.5 * float((gradient.double() * v.double()).sum())
-        for part, of_losses in zip(self.examples.split(gradient), (by.W, by.b), strict=True):
-            if part is not None:
-                part.add_(of_losses, alpha=1 / len(self.x))
-        return Point(v, loss + penalty, loss, gradient)
+        examples = self.examples
+        x, (W, b) = examples.x, examples.inward(v)
+        wanted = Inputs(False, True, examples.bias, False)
+        how = How(examples.step, x.dtype, x.dtype)
+        by_W, loss = torch.zeros_like(v[:, : x.features]), v.new_zeros(())
+        by_b = None if b is None else v.new_zeros(len(v))
+        for rows in slices(len(x), examples.step):
+            s, t = (None if f is None else f[rows] for f in (examples.mass, self.weight))
+            inputs = Inputs(x.read(rows), W, b, *self.y.rows(rows))
+            numbers, by = numbers_and_gradients(inputs, Factors(s, t), wanted, how)
+            assert numbers is not None
+            loss += (numbers.gap if t is None else t * numbers.gap).sum(dtype=v.dtype)
+            loss += (numbers.log_sum if s is None else s * numbers.log_sum).sum(dtype=v.dtype)
+            by_W += by.W
+            if by_b is not None:
+                by_b += by.b
+        flat = torch.cat([examples.outward(by_W, by_b).flatten(), loss.view(1)])
+        sums = examples.total(flat) / examples.divisor
+        return self._point(v, float(sums[-1]), sums[:-1].view_as(v))
+
+    def with_penalty(self, point: Point, decay: Tensor) -> Point:
+        """A point of the same objective with another decay, as one of this."""
+        return self._point(point.v, point.loss, point.gradient - decay * point.v)
+
+    def _point(self, v: Tensor, loss: float, by_loss: Tensor) -> Point:
+        pull = self.decay * v
+        return Point(v, loss + 0.5 * float((pull * v).sum()), loss, by_loss + pull)
 
     def hessian(self, v: Tensor) -> "Hessian":
         """∇²f(v)."""
         return Hessian(MeanHessian(self.examples, v), self.decay)
 
-    def moments(self) -> Moments:
-        """Those of the examples."""
-        mean, count = None, len(self.x)
+    def moments(self, curvature: Tensor | None = None) -> Moments:
+        """Those of the examples, each by its weight; or by its curvature where S is known."""
+        x, sums = self.examples.x, self.examples.sums
+        weight = self.weight if curvature is None else curvature
+        count = self._sum(len(x) if weight is None else weight.sum(dtype=sums))
+        mean = None
         if self.examples.bias:
-            total = self.x.new_zeros(self.x.shape[1], dtype=torch.float64)
-            for rows in slices(count, self.chunk_size):
-                total += self.x[rows].sum(0)
-            mean = (total / count).to(self.x.dtype)
-        second = self.x.new_zeros(self.x.shape[1], self.x.shape[1])
-        for rows in slices(count, self.chunk_size):
-            x = self.x[rows] if mean is None else self.x[rows] - mean
-            second.addmm_(x.t(), x, alpha=1 / count)
-        return Moments(mean, second)
+            total = torch.zeros(x.features, dtype=sums, device=x.device)
+            for rows, read in self._read():
+                total += read.sum(0) if weight is None else weight[rows] @ read
+            mean = self._sum(total) / count
+        second = torch.zeros(x.features, x.features, dtype=sums, device=x.device)
+        for rows, read in self._read():
+            read = read if mean is None else read - mean.to(read.dtype)
+            second += read.t() @ (read if weight is None else weight[rows].unsqueeze(1) * read)
+        if mean is not None and x.centre is not None:
+            mean = mean + x.centre.to(mean.dtype)
+        return Moments(mean, self._sum(second) / count, x.dtype)
+
+    def largest(self) -> float:
+        """The largest magnitude in the rows of this process."""
+        return max(float(read.abs().max()) for _, read in self._read())
+
+    def _read(self) -> Iterator[tuple[slice, Tensor]]:
+        for rows in slices(len(self.examples.x), self.examples.step):
+            yield rows, self.examples.x.read(rows)
+
+    def _sum(self, value: Tensor | float) -> Tensor:
+        """The sum of a value over all processes."""
+        tensor = torch.as_tensor(value, dtype=self.examples.sums, device=self.examples.x.device)
+        return self.examples.total(tensor)
+
+    def _decay(self) -> Tensor:
+        """λ of each parameter of a class, (P,): that of the bias is 0."""
+        x, size = self.examples.x, self.examples.x.features + self.examples.bias
+        decay = torch.full((size,), self.weight_decay, dtype=self.examples.sums, device=x.device)
+        decay[x.features :] = 0
+        return decay
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class Preconditioner:
     def __init__(
         self, moments: Moments, curvature: float, weight_decay: float, known: Known | None
     ) -> None:
-        self.mean, second = moments
-        epsilon = torch.finfo(second.dtype).eps
+        self.mean, second, made_in = moments
+        epsilon = torch.finfo(made_in or second.dtype).eps
         self.of_bias = max(curvature, epsilon)
         self.matrix = second * self.of_bias
         self.matrix.diagonal().add_(weight_decay)
@@ -56,8 +56,13 @@ class Preconditioner:
         self.scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
         scaled = self.scale.unsqueeze(1) * self.matrix * self.scale
         # Rounding must not make a matrix indefinite whose columns depend on one another.
-        scaled.diagonal().add_(10 * epsilon * len(scaled))
-        self.factor = torch.linalg.cholesky(scaled)
+        added = 10 * epsilon * len(scaled)
+        scaled.diagonal().add_(added)
+        self.factor, failed = torch.linalg.cholesky_ex(scaled)
+        while bool(failed):
+            scaled.diagonal().add_(9 * added)
+            added *= 10
+            self.factor, failed = torch.linalg.cholesky_ex(scaled)
         self.known = known
 
     def __call__(self, r: Tensor) -> Tensor:
@@ -111,16 +116,26 @@ def solve(
     precondition: Preconditioner,
     accuracy: Accuracy,
     *,
+    made_in: torch.dtype | None = None,
     learn: bool = True,
 ) -> Solution:
-    """Conjugate gradients for H u = −∇f; without learning, in memory for a few directions only."""
+    """Conjugate gradients for H u = −∇f.
+
+    Args:
+        hessian: H, positive semi-definite.
+        gradient: ∇f.
+        precondition: An approximation of H⁻¹.
+        accuracy: How far to go.
+        made_in: The dtype that products with H are made in; None for that of the gradient.
+        learn: Whether the preconditioner learns from the directions, in memory for some of them.
+    """
     u, residual = torch.zeros_like(gradient), gradient.clone()
     z = precondition(residual)
     d, size = -z, dot(residual, z)
     enough = accuracy.relative**2 * size
     # Along a direction of less than this part of the curvature expected, as where S is one-hot for
     # all examples, rounding hides what there is: a solution would lie beyond all meaning.
-    flat = math.sqrt(torch.finfo(gradient.dtype).eps)
+    flat = math.sqrt(torch.finfo(made_in or gradient.dtype).eps)
     known: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MAX_DIRECTIONS if learn else 0)
     products = 0
     while products < _MAX_PRODUCTS:

@@ -1,6 +1,5 @@
 """Newton's method for softmax regression with an L2 penalty: steps by conjugate gradients."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,52 +7,36 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
+from ..distributed.data_parallel import Ranks
 from ..losses._dtypes import outside_autocast
-from ..losses._objective import IGNORED, Objective, Point
+from ..losses._objective import IGNORED, Objective, alone
+from ..losses._rows import Rows
 from ..modules import SoftmaxRegression
-from ._conjugate_gradients import Accuracy, Preconditioner, dot, solve
+from ._descent import Descent, Goal, Result
 
 __all__ = ["Result", "minimize"]
 
-# A linear system is solved until its residual is this part of what it was.
-_FORCING = 0.25
-_MAX_HALVINGS = 40  # of a step
-
-
-class Result(NamedTuple):
-    """How far `minimize` has come.
-
-    Args:
-        objective: f, the mean loss with the penalty.
-        loss: The mean loss alone.
-        gradient_norm: ‖∇f‖₂, over weight and bias together.
-        steps: The Newton steps done.
-        products: The Hessian-vector products done.
-        converged: Whether gradient_norm is at most the tolerance.
-    """
-
-    objective: float
-    loss: float
-    gradient_norm: float
-    steps: int
-    products: int
-    converged: bool
+ALONE = Ranks()
 
 
 @torch.no_grad()
 def minimize(
     model: SoftmaxRegression,
-    input: Tensor,
+    input: Tensor | Rows,
     target: Tensor,
     weight_decay: float,
     *,
+    sample_weight: Tensor | None = None,
     tolerance: float = 1e-4,
+    weight_tolerance: float | None = None,
     max_steps: int = 100,
     report: Callable[[Result], None] = lambda result: None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Bring a model to the least mean loss with an L2 penalty on its weight, in place.
 
-    f(W, b) = 1/N Σ_n L_n + λ/2 ‖W‖². A step of v = (W, b) is v ← v + α u with ∇²f(v) u ≈ −∇f(v).
+    f(W, b) = 1/Σw Σ_n w_n L_n + λ/2 ‖W‖². A step of v = (W, b) is v ← v + α u with
+    ∇²f(v) u ≈ −∇f(v).
 
     f is convex and every step descends. Where f is less at v = 0 than at the model given, whose
     softmax may be one-hot and without any curvature, that is where it starts. So the start matters
@@ -62,20 +45,29 @@ def minimize(
 
     Args:
         model: With float32 or float64 parameters of its own, which are updated after every step.
-        input: x, all examples, (..., D) of the model's dtype.
+        input: x, all examples, (..., D) of the model's dtype and on its device. Or `Rows` of any
+            dtype, NumPy arrays and memory-mapped ones too, of which a few at a time are read.
         target: Class indices (...), of which -100 leaves its example out; or probabilities
             (..., K).
-        weight_decay: λ, at least 0, of the weight alone. It is 1 / (C N) for the C of
-            scikit-learn's `LogisticRegression`, and 2 / (C N) for two classes: it has one vector
+        weight_decay: λ, at least 0, of the weight alone. It is 1 / (C Σw) for the C of
+            scikit-learn's `LogisticRegression`, and 2 / (C Σw) for two classes: it has one vector
             for these, W₁ − W₀, which is twice as long as ours are.
+        sample_weight: w (...), at least 0; None for 1. A weight of 2 is an example that is there
+            twice.
         tolerance: The gradient norm to reach.
+        weight_tolerance: How near the weight is to come to the optimum W*, ‖W − W*‖ ≤ this ‖W‖,
+            besides; None for what the tolerance gives. As f is λ-strongly convex in W, a gradient
+            norm of λ ‖W‖ times this is enough. Without a penalty nothing tells how near it is,
+            and the gradient norm is to be this part of the tolerance.
         max_steps: The Newton steps to give up after.
         report: Is called with the result so far after every step, once the model is updated.
+        ranks: The processes that each hold some of the examples, and the same model.
 
     Returns:
         The result. Where `converged` is False, max_steps were done or rounding hid any further
         descent, and the model is at the last point reached. On the way it takes memory for N K
-        softmax outputs, for some matrices (D + 1, D + 1), and for some hundred times the model.
+        softmax outputs, or a quarter of what the device has if that is less, for some matrices
+        (D + 1, D + 1), and for some hundred times the model.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -94,40 +86,56 @@ def minimize(
     Steihaug, Inexact Newton methods (1982).
     """
     checks.finite("weight_decay", weight_decay)
-    checks.finite("tolerance", tolerance, above_zero=True)
-    checks.positive("max_steps", max_steps)
-    _check_model(model)
-    x, y = _examples(model, input, target)
-    with outside_autocast(x):
-        objective = Objective(x, y, weight_decay, model.bias is not None)
-        point = _start(model, objective)
-        _update(model, point.v)
-        result = _result(point, 0, 0, tolerance)
-        if result.converged:
-            return result
+    goal = goal_of(tolerance, weight_tolerance, max_steps)
+    descent = begin(model, Data(input, target, sample_weight, ranks), weight_decay)
+    return run(descent, model, goal, report)
 
-        moments, known = objective.moments(), None
-        if not bool(moments.second.isfinite().all()):
-            raise ValueError(
-                f"input must hold numbers whose squares are finite in {x.dtype}, "
-                f"got one of {float(x.abs().max()):.3g}"
-            )
-        for step in range(1, max_steps + 1):
-            hessian = objective.hessian(point.v)
-            precondition = Preconditioner(moments, hessian.mean_curvature(), weight_decay, known)
-            # The last system is solved no further than the tolerance asks for.
-            accuracy = Accuracy(_FORCING, 0.8 * tolerance)
-            u, known, products = solve(hessian, point.gradient, precondition, accuracy)
-            descended = _descend(objective, point, u)
-            if descended is None:
-                break
-            point = descended
-            _update(model, point.v)
-            result = _result(point, step, result.products + products, tolerance)
+
+class Data(NamedTuple):
+    """The examples of this process, as they were given."""
+
+    input: Tensor | Rows
+    target: Tensor
+    sample_weight: Tensor | None
+    ranks: Ranks
+
+
+def goal_of(tolerance: float, weight_tolerance: float | None, max_steps: int) -> Goal:
+    """When to stop, checked."""
+    checks.finite("tolerance", tolerance, above_zero=True)
+    if weight_tolerance is not None:
+        checks.finite("weight_tolerance", weight_tolerance, above_zero=True)
+    checks.positive("max_steps", max_steps)
+    return Goal(tolerance, weight_tolerance, max_steps)
+
+
+def begin(model: SoftmaxRegression, data: Data, weight_decay: float) -> Descent:
+    """Check a model and examples, and stand at the model."""
+    ranks = data.ranks
+    with ranks.together():
+        _check_model(model)
+        x, y, w = _examples(model, data)
+    with outside_autocast(model.weight):
+        total = ranks.sum if ranks.size > 1 else alone
+        objective = Objective(x, y, weight_decay, model.bias is not None, w, total)
+        if not objective.examples.divisor > 0:
+            kind = "that is not left out" if w is None else "of a weight above 0"
+            raise ValueError(f"input must hold at least one example {kind}, got none")
+        return Descent(objective, _parameters(model).to(objective.examples.sums))
+
+
+def run(
+    descent: Descent, model: SoftmaxRegression, goal: Goal, report: Callable[[Result], None]
+) -> Result:
+    """Go to the optimum, and take the model along."""
+
+    def follow(result: Result, v: Tensor) -> None:
+        _update(model, v)
+        if result.steps > 0:
             report(result)
-            if result.converged:
-                break
-    return result
+
+    with outside_autocast(model.weight):
+        return descent.run(goal, follow)
 
 
 def _check_model(model: SoftmaxRegression) -> None:
@@ -147,51 +155,61 @@ def _check_model(model: SoftmaxRegression) -> None:
         raise ValueError("model must be on a device that holds numbers, got 'meta'")
 
 
-def _start(model: SoftmaxRegression, objective: Objective) -> Point:
-    """The model, without what all classes have in common, or v = 0 where f is less there."""
-    v = _parameters(model)
-    point = objective.at(v - v.mean(0))
-    if math.isnan(point.value):
-        raise ValueError(
-            "model, input and target must hold finite numbers of a moderate size, "
-            f"got a loss of {point.value} at the start"
-        )
-    if not bool(point.v.any()):
-        return point
-    zero = objective.at(torch.zeros_like(v))
-    return zero if zero.value < point.value else point
-
-
-def _result(point: Point, steps: int, products: int, tolerance: float) -> Result:
-    norm = point.norm
-    return Result(point.value, point.loss, norm, steps, products, norm <= tolerance)
-
-
-def _examples(model: SoftmaxRegression, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The examples that are not left out, checked: x (N, D) and class indices or probabilities."""
-    dtype, classes = model.weight.dtype, model.num_classes
-    checks.linear_layer(input, model.weight, model.bias)
-    if input.device != model.weight.device:
-        raise ValueError(
-            f"input must be on the device of the model, {model.weight.device}, got {input.device}"
-        )
-    if input.dtype != dtype:
-        raise TypeError(f"input must have the dtype of the model, {dtype}, got {input.dtype}")
-    checks.target(target, tuple(input.shape[:-1]), (*input.shape[:-1], classes))
-    x = input.reshape(-1, input.shape[-1]).contiguous()
+def _examples(model: SoftmaxRegression, data: Data) -> tuple[Rows, Tensor, Tensor | None]:
+    """The examples that are not left out, checked: x (N, D), their targets and weights."""
+    weight, target = model.weight, data.target
+    shape, x = _rows(model, data.input)
+    checks.target(target, shape, (*shape, model.num_classes))
+    w = _weights(data.sample_weight, shape)
+    keep = None if w is None else w != 0
     if target.is_floating_point():
-        y = target.reshape(-1, classes)
+        y = target.reshape(-1, model.num_classes)
         if bool((y < 0).any()):
             raise ValueError("target must hold class probabilities of at least 0, got one below")
     else:
         y = target.reshape(-1).long()
-        checks.labels(y, classes, IGNORED)
-        keep = y != IGNORED
-        if not bool(keep.all()):
-            x, y = x[keep], y[keep]
-    if len(x) == 0:
-        raise ValueError("input must hold at least one example that is not left out, got none")
-    return x, y
+        checks.labels(y, model.num_classes, IGNORED)
+        counts = y != IGNORED
+        keep = counts if keep is None else counts & keep.to(y.device)
+    if keep is not None and not bool(keep.all()):
+        x, y = x.take(keep), y[keep.to(y.device)]
+        w = None if w is None else w[keep.to(w.device)]
+    return x, y.to(weight.device), None if w is None else w.to(weight.device)
+
+
+def _rows(model: SoftmaxRegression, input: Tensor | Rows) -> tuple[tuple[int, ...], Rows]:
+    """The shape of the examples (...), and all of them as rows."""
+    weight, dtype = model.weight, model.weight.dtype
+    if isinstance(input, Rows):
+        if input.features != model.in_features:
+            raise ValueError(
+                f"input must have {model.in_features} features, as the model has, "
+                f"got {input.features}"
+            )
+        return (len(input),), input.to(weight.device, dtype)
+    checks.linear_layer(input, weight, model.bias)
+    if input.device != weight.device:
+        raise ValueError(
+            f"input must be on the device of the model, {weight.device}, got {input.device}"
+        )
+    if input.dtype != dtype:
+        raise TypeError(f"input must have the dtype of the model, {dtype}, got {input.dtype}")
+    x = input.detach().reshape(-1, input.shape[-1]).contiguous()
+    return tuple(input.shape[:-1]), Rows(x).to(x.device, dtype)
+
+
+def _weights(value: object, shape: tuple[int, ...]) -> Tensor | None:
+    """The weights of the examples as float64 or float32 numbers, (N,), checked."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"sample_weight must be a tensor, got {type(value).__name__}")
+    checks.shape("sample_weight", value, shape, "for one weight an example")
+    w = value.detach().reshape(-1)
+    w = w if w.is_floating_point() else w.double()
+    if not bool((w.isfinite() & (w >= 0)).all()):
+        raise ValueError("sample_weight must hold finite numbers of at least 0, got another")
+    return w
 
 
 def _parameters(model: SoftmaxRegression) -> Tensor:
@@ -206,20 +224,3 @@ def _update(model: SoftmaxRegression, v: Tensor) -> None:
     model.weight.copy_(v[:, : model.in_features])
     if model.bias is not None:
         model.bias.copy_(v[:, -1])
-
-
-def _descend(objective: Objective, point: Point, u: Tensor) -> Point | None:
-    """The first point below v, of v + u, v + u/2, v + u/4, ...; None where there is none.
-
-    It is below by Armijo's condition, f(v + α u) ≤ f(v) + 10⁻⁴ α ∇f(v)·u. Or the slope along u is
-    not yet positive there: then a convex f has fallen all the way, even if rounding hides it.
-    """
-    slope = dot(point.gradient, u)
-    if not slope < 0:
-        return None
-    for halvings in range(_MAX_HALVINGS):
-        length = 0.5**halvings
-        trial = objective.at(point.v + length * u)
-        if trial.value <= point.value + 1e-4 * length * slope or dot(trial.gradient, u) <= 0:
-            return trial
-    return None

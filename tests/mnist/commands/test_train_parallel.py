@@ -46,6 +46,20 @@ def test_only_the_first_process_reports(two_processes):
     assert sorted(path.name for path in directory.iterdir()) == ["metrics.json", "model.pt"]
 
 
+def test_two_processes_go_to_the_optimum_of_one_by_newton(tmp_path):
+    options = ["--dataset=digits", "--optimizer=newton", "--device=cpu"]
+    command = [*TORCHRUN, SCRIPT, *options, "--output-dir", tmp_path / "two"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(" 1/100  loss") == 1
+    assert main(["train", *options, "--output-dir", str(tmp_path / "one")]) == 0
+    alone, together = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
+    for name, weight in alone.model.items():
+        torch.testing.assert_close(together.model[name], weight, rtol=0, atol=1e-3)
+    losses = [checkpoint.history[-1]["loss"] for checkpoint in (alone, together)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def lines_of_ours(printed):
     """What the processes have printed, without what torchrun adds."""
     return [line for line in printed.splitlines() if line.startswith("torch-softmax train: ")]

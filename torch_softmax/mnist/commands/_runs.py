@@ -45,7 +45,7 @@ class Run(NamedTuple):
 def new_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Begin a run; settings that are not given are the data set's."""
     given = given_settings(args)
-    check_given(given, ranks)  # before any data are loaded
+    check_given(given)  # before any data are loaded
     if args.output_dir is not None and ranks.is_first:
         check_unused(args.output_dir)
     data = load_dataset(
@@ -86,15 +86,13 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if name in args}
 
 
-def check_given(given: dict[str, Any], ranks: Ranks) -> None:
+def check_given(given: dict[str, Any]) -> None:
     """Raise a ValueError unless the settings that were given are sound together."""
     if Settings(**given).optimizer != "newton":
         return
     for name in OF_SGD:
         if name in given:
             raise ValueError(f"{name} must be left out for optimizer 'newton', got {given[name]!r}")
-    if ranks.size > 1:
-        raise ValueError(f"optimizer must be 'sgd' for {ranks.size} processes, got 'newton'")
 
 
 def check_unused(directory: Path) -> None:

@@ -52,7 +52,7 @@ def train_and_test(run: Run, args: argparse.Namespace, device: torch.device, ran
     try:
         examples = data.train.to(device)
         if is_newton:
-            finished = train_by_newton(run.checkpoint, examples, run.directory)
+            finished = train_by_newton(run.checkpoint, examples, run.directory, ranks)
         else:
             finished = train(run.checkpoint, examples, run.directory, ranks)
         if run.directory is None:
@@ -117,26 +117,34 @@ def train(
 
 
 def train_by_newton(
-    checkpoint: Checkpoint, examples: ImageDataset, directory: Path | None
+    checkpoint: Checkpoint, examples: ImageDataset, directory: Path | None, ranks: Ranks
 ) -> Checkpoint:
-    """Go to the optimum, save and print a line step by step; return the last one."""
+    """Go to the optimum, save and print a line step by step; return the last one.
+
+    Each rank holds its part of the examples.
+    """
     settings = checkpoint.settings
     model = checkpoint.build_model(examples.images.device)
-    input, target = examples[torch.arange(len(examples))]
+    input, target = examples[ranks.part(torch.arange(len(examples)))]
     start = time.perf_counter()
+    disable = None if ranks.is_first else True
 
-    with tqdm(total=settings.epochs, unit="step", disable=None) as bar, stop_on_interrupt() as stop:
+    with (
+        tqdm(total=settings.epochs, unit="step", disable=disable) as bar,
+        stop_on_interrupt(ranks.size > 1) as stop,
+    ):
 
         def report(result: newton.Result) -> None:
             nonlocal checkpoint, start
             seconds = time.perf_counter() - start
-            right = (model.predict(input) == target).sum()
-            score = Score(result.loss, int(right) / len(target))
+            (right,) = ranks.total((model.predict(input) == target).sum())
+            score = Score(result.loss, int(right) / len(examples))
             checkpoint = checkpoint.after_epoch(model, score, seconds)
-            save(checkpoint, directory)
+            with ranks.together():
+                save(checkpoint, directory)
             bar.update()
             tqdm.write(f"{epoch_line(checkpoint)}  gradient {result.gradient_norm:.1e}")
-            if stop():
+            if any(ranks.total(stop())):
                 raise KeyboardInterrupt
             start = time.perf_counter()
 
@@ -144,7 +152,7 @@ def train_by_newton(
         if left == 0:
             return checkpoint
         result = newton.minimize(
-            model, input, target, settings.weight_decay, max_steps=left, report=report
+            model, input, target, settings.weight_decay, max_steps=left, report=report, ranks=ranks
         )
     if not result.converged:
         note = f"not converged: the gradient's norm is {result.gradient_norm:.1e}"

@@ -1,0 +1,210 @@
+"""Newton's method on an objective, and what one step or one penalty leaves to the next."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..losses._objective import Moments, Objective, Point
+from ._conjugate_gradients import Accuracy, Known, Preconditioner, dot, solve
+
+# A linear system is solved until its residual is this part of what it was.
+_FORCING = 0.25
+_MAX_HALVINGS = 40  # of a step
+# A matrix of second moments takes the arithmetic of D / 2K products, in a third of their time. It
+# is worth that where it saves a third of more products.
+_WORTH = 0.25
+_STALLED = 4  # steps in a row without a gain that rounding would not hide
+_FEW = 10  # products of a system that needs no better matrix
+
+
+class Result(NamedTuple):
+    """How far `minimize` has come.
+
+    Args:
+        objective: f, the mean loss with the penalty.
+        loss: The mean loss alone.
+        gradient_norm: ‖∇f‖₂, over weight and bias together.
+        steps: The Newton steps done.
+        products: The Hessian-vector products done.
+        converged: Whether gradient_norm is at most the tolerance.
+        reachable: The gradient norm that rounding has left, where that is what ended it above the
+            tolerance; otherwise 0.
+    """
+
+    objective: float
+    loss: float
+    gradient_norm: float
+    steps: int
+    products: int
+    converged: bool
+    reachable: float = 0.0
+
+
+class Goal(NamedTuple):
+    """When to stop."""
+
+    gradient: float  # ‖∇f‖₂ to reach
+    weight: float | None  # ‖W − W*‖ to reach, in parts of ‖W‖
+    max_steps: int
+
+
+class Descent:
+    """Newton's method, step by step, from a point of an objective on."""
+
+    def __init__(self, objective: Objective, v: Tensor) -> None:
+        self.point, self.size = _start(objective, v)
+        self.objective = objective
+        self.moments: Moments | None = None
+        self.known: Known | None = None
+        self.before: tuple[float, Tensor] | None = None  # another λ, and the optimum there
+        self.products = 0  # of the last system
+
+    def change_decay(self, weight_decay: float) -> None:
+        """Go on with another λ, from the point reached or from where the path seems to lead.
+
+        In between some penalties v goes about straight on with log λ.
+        """
+        if weight_decay == self.objective.weight_decay:
+            return
+        here, decay, of_before = self.point, self.objective.weight_decay, self.objective.decay
+        self.objective = self.objective.with_decay(weight_decay)
+        self.point = self.objective.with_penalty(here, of_before)
+        if self.before is not None and min(weight_decay, decay, self.before[0]) > 0:
+            length = math.log(weight_decay / decay) / math.log(decay / self.before[0])
+            ahead = self.objective.at(here.v + length * (here.v - self.before[1]))
+            self.point = min(self.point, ahead, key=lambda point: point.value)
+        self.before = decay, here.v
+
+    def run(self, goal: Goal, report: Callable[[Result, Tensor], None]) -> Result:
+        """Go to the optimum; the start and every point on the way are reported."""
+        result = self._result(0, 0, goal)
+        report(result, self.point.v)
+        epsilon = torch.finfo(self.objective.examples.x.dtype).eps
+        stalled, best = 0, result
+        for step in range(1, goal.max_steps + 1):
+            if result.converged:
+                break
+            products = self._step(goal)
+            if products is None:
+                result = result._replace(reachable=result.gradient_norm)
+                break
+            result = self._result(step, result.products + products, goal)
+            report(result, self.point.v)
+            fell = best.objective - result.objective > 4 * epsilon * best.objective
+            if fell or result.gradient_norm < best.gradient_norm / 2:
+                best, stalled = result, 0
+            else:
+                stalled += 1
+            if not result.converged and (
+                stalled == _STALLED or result.gradient_norm <= epsilon * self.size
+            ):
+                result = result._replace(reachable=result.gradient_norm)
+                break
+        return self._rounded(result, goal)
+
+    def _rounded(self, result: Result, goal: Goal) -> Result:
+        """The result of the parameters as a model keeps them, in the dtype of the products."""
+        v = self.objective.rounded(self.point.v)
+        if torch.equal(v, self.point.v):
+            return result
+        value, loss, norm = (point := self.objective.at(v)).value, point.loss, point.norm
+        converged = result.converged and norm <= self._enough(goal)
+        stopped = result.converged or result.reachable > 0
+        reachable = norm if stopped and not converged else 0.0
+        return Result(value, loss, norm, result.steps, result.products, converged, reachable)
+
+    def _step(self, goal: Goal) -> int | None:
+        """Take a step, and count the products; None where nothing descends."""
+        objective = self._prepared()
+        hessian = objective.hessian(self.point.v)
+        assert self.moments is not None
+        features, classes = len(self.moments.second), len(self.point.v)
+        if self.products > max(_FEW, _WORTH * features / classes):
+            weighted = objective.moments(hessian.of_losses.curvature)
+            # Where all softmaxes are one-hot, no example has any weight.
+            if bool(weighted.second.isfinite().all()):
+                self.moments = weighted
+        weight_decay = objective.weight_decay
+        precondition = Preconditioner(
+            self.moments, hessian.mean_curvature(), weight_decay, self.known
+        )
+        # The last system is solved no further than the tolerance asks for.
+        accuracy = Accuracy(_FORCING, 0.8 * self._enough(goal))
+        made_in = objective.examples.x.dtype
+        u, self.known, products = solve(
+            hessian, self.point.gradient, precondition, accuracy, made_in=made_in
+        )
+        self.products = products
+        # No product sees what all classes have in common, which rounding lets grow.
+        descended = descend(objective, self.point, u - u.mean(0))
+        if descended is None:
+            return None
+        self.point = descended
+        return products
+
+    def _prepared(self) -> Objective:
+        """The objective, once its moments are known."""
+        if self.moments is None:
+            self.moments = self.objective.moments()
+            if not bool(self.moments.second.isfinite().all()):
+                dtype, largest = self.objective.examples.x.dtype, self.objective.largest()
+                raise ValueError(
+                    f"input must hold numbers whose squares are finite in {dtype}, "
+                    f"got one of {largest:.3g}"
+                )
+            self.objective = self.objective.about_mean(self.moments)
+        return self.objective
+
+    def _enough(self, goal: Goal) -> float:
+        """The gradient norm to reach.
+
+        f is λ-strongly convex in W, so that ‖W − W*‖ ≤ ‖∇f‖ / λ.
+        """
+        if goal.weight is None:
+            return goal.gradient
+        if self.objective.weight_decay == 0:
+            return goal.gradient * goal.weight
+        W, _ = self.objective.examples.split(self.point.v)
+        near = goal.weight * self.objective.weight_decay * float(W.norm())
+        return min(goal.gradient, near)
+
+    def _result(self, steps: int, products: int, goal: Goal) -> Result:
+        point = self.point
+        converged = point.norm <= self._enough(goal)
+        return Result(point.value, point.loss, point.norm, steps, products, converged)
+
+
+def _start(objective: Objective, v: Tensor) -> tuple[Point, float]:
+    """Begin at v without what all classes have in common, or at 0 where f is less there.
+
+    Returns:
+        The start, and the gradient norm at 0, which tells how large the gradient's terms are.
+    """
+    point = objective.at(v - v.mean(0))
+    if math.isnan(point.value):
+        raise ValueError(
+            "model, input and target must hold finite numbers of a moderate size, "
+            f"got a loss of {point.value} at the start"
+        )
+    zero = objective.at(torch.zeros_like(v)) if bool(point.v.any()) else point
+    return (zero if zero.value < point.value else point), zero.norm
+
+
+def descend(objective: Objective, point: Point, u: Tensor) -> Point | None:
+    """The first point below v, of v + u, v + u/2, v + u/4, ...; None where there is none.
+
+    It is below by Armijo's condition, f(v + α u) ≤ f(v) + 10⁻⁴ α ∇f(v)·u. Or the slope along u is
+    not yet positive there: then a convex f has fallen all the way, even if rounding hides it.
+    """
+    slope = dot(point.gradient, u)
+    if not slope < 0:
+        return None
+    for halvings in range(_MAX_HALVINGS):
+        length = 0.5**halvings
+        trial = objective.at(point.v + length * u)
+        if trial.value <= point.value + 1e-4 * length * slope or dot(trial.gradient, u) <= 0:
+            return trial
+    return None
