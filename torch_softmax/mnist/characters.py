@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
 from .ink import (
+    DARK,
+    INK_LEVEL,
     SPECK,
     Ground,
     Ink,
@@ -39,12 +41,13 @@ __all__ = ["NoCharacterError", "find_characters", "find_drawing"]
 # Chosen on synthetic pictures, of which tests/mnist/pictures.py makes others.
 WINDOWS = (2, 4, 8)  # the shorter side is so many windows long
 MOST = 10  # characters in a picture
-STROKE = 1 / 4  # of its length: the mean width of a character's strokes at the most
-BLOT = 0.42  # of its length: the width of its broadest place at the most
+STROKE = 0.28  # of its length: the mean width of a character's strokes at the most
+BLOT = 0.44  # of its length: the width of its broadest place at the most
 SHEET = 0.15  # of its length: the stroke width from which a part may be a sheet with holes of ink
+HOLE = 0.005  # of its area: a smaller hole is dirt
 FLAT = 2.0  # times its height: the width of a character at the most
 SHORT = 0.4  # of the tallest character: the least height of another
-SEEN = 0.8  # of the edge around it that must show the contrast of ink
+SEEN = 2 / 3  # of the edge around it that must show the contrast of ink
 DIRT = 0.25  # of the ink's area: what else may stand out
 GAP = 0.15  # of a character's size: pieces of it that are nearer belong to it
 
@@ -84,14 +87,15 @@ def find_characters(grey: Tensor) -> list[Tensor]:
     for grounds in _grounds(small, reasons):
         rows = []
         for ground in grounds:
-            for darkest in (False, True):
+            # Ruled lines are paler than ink; in a window, the darkest may lie within a stroke.
+            for darkest in (False,) if ground.window else (False, True):
                 try:
                     rows.append(_Row.find(small, ground, darkest))
                     break
                 except NoCharacterError as error:
                     reasons.append(str(error))
         if rows:
-            # What is light within a dark character and what is dark within a light one is smaller.
+            # What is light within a dark character, and dark within a light one, is smaller.
             return max(rows, key=lambda row: row.extent).cut_out(grey)
     raise NoCharacterError(next((why for why in reasons if why != reasons[0]), reasons[0]))
 
@@ -165,8 +169,8 @@ class _Row:
         if len(characters) > MOST:
             raise NoCharacterError(f"{len(characters)} parts are too many for characters")
         for character in characters:
-            _check_strokes(character, ground.window)
-            if _seen_edge(small, ground, character, ink.level) < SEEN:
+            _check_strokes(character, ink.mask, ground.window)
+            if _seen_edge(small, ground, character, ink) < SEEN:
                 raise NoCharacterError("what is drawn fades into its ground")
             if is_cut[part[character.around(character.height // 2)]].any():
                 raise NoCharacterError("what is drawn is too near to what the border cuts off")
@@ -190,7 +194,7 @@ class _Row:
         for character in self.characters:
             others = drawn & ~character.mask
             near = grown(character.mask, 2 + int(character.stroke / 2)) & ~others
-            level = float(self.ink.rise[character.mask].quantile(0.9))
+            level = float(self.ink.rise[character.mask].quantile(INK_LEVEL))
             ink = shades(grey, self.ground, self.ink.threshold, level)
             inks.append(crop(ink * (resize(near.float(), grey.shape) > 0.5)))
         return inks
@@ -209,14 +213,14 @@ def _join(pieces: list[_Part]) -> list[_Part]:
     return sorted(whole, key=lambda part: part.left)
 
 
-def _check_strokes(part: _Part, window: int) -> None:
+def _check_strokes(part: _Part, ink: Tensor, window: int) -> None:
     """Raise unless a part is long and thin, and fits the window that it was found by."""
     stroke = part.stroke
     if stroke > STROKE * part.size or _broadest(part.mask) > BLOT * part.size:
         raise NoCharacterError("what is drawn is too broad for a stroke")
     if part.width > FLAT * part.height:
         raise NoCharacterError("what is drawn is too flat for a character")
-    if _is_sheet(part, stroke):
+    if _is_sheet(part, ink):
         raise NoCharacterError("what is seen is a sheet, and nothing to be read on it")
     # A narrower window would see pieces of a stroke, a wider one the edge of something else.
     if window and not 1.5 * stroke < window <= 1.5 * part.height:
@@ -233,30 +237,39 @@ def _broadest(mask: Tensor) -> int:
     return 2 * layers
 
 
-def _is_sheet(part: _Part, stroke: float) -> bool:
-    """Whether a part is a sheet on a desk, whose holes are what is written on it.
+def _is_sheet(part: _Part, ink: Tensor) -> bool:
+    """Whether a part of the ink is a sheet on a desk, whose holes are what is written on it.
 
     The holes of a character are broad beside its strokes, and two at the most.
     """
-    if stroke <= SHEET * part.size:
+    if part.stroke <= SHEET * part.size:
         return False
     ground = parts(~pad(part.mask, (1, 1, 1, 1)))
     area = areas(ground)
     area[ground[0, 0]] = 0
-    holes = [_Part(ground == k) for k in (area >= 0.005 * part.area).nonzero()[:, 0].tolist()]
+    numbers = (area >= HOLE * part.area).nonzero()[:, 0].tolist()
+    # Paper within a 0 is no part of the 0.
+    holes = [_Part((ground[1:-1, 1:-1] == number) & ~ink) for number in numbers]
     return len(holes) > 2 or any(
-        hole.size >= part.size / 8 and hole.stroke < min(stroke / 2, STROKE * hole.size)
+        hole.size >= part.size / 8 and hole.stroke < min(part.stroke / 2, STROKE * hole.size)
         for hole in holes
     )
 
 
-def _seen_edge(small: Tensor, ground: Ground, part: _Part, level: float) -> float:
-    """Return how much of the edge around a part is a step of at least half the level of its ink."""
-    ring = grown(part.mask, 3) & ~grown(part.mask, 1)
-    ink = ground.sign * small
-    nearest = max_pool2d(ink.masked_fill(~part.mask, -9)[None], 9, stride=1, padding=4)[0]
-    step = (nearest - ink) / ground.levels.clamp(min=0.25)
-    return float((step[ring] >= level / 2).float().mean())
+def _seen_edge(small: Tensor, ground: Ground, part: _Part, ink: Ink) -> float:
+    """Return how much of a part's edge is a step of at least half the level of its ink.
+
+    The step may take half the width of a stroke, as that of a blurred one does.
+    """
+    reach = max(2, round(part.stroke / 2))
+    ring = grown(part.mask, reach + 1) & ~grown(part.mask, reach - 1) & ~ink.mask
+    shade = ground.sign * small
+    window = 2 * reach + 5
+    nearest = max_pool2d(
+        shade.masked_fill(~part.mask, -9)[None], window, stride=1, padding=window // 2
+    )[0]
+    step = (nearest - shade) / ground.levels.clamp(min=DARK)
+    return float((step[ring] >= ink.level / 2).float().mean())
 
 
 def _check_row(characters: list[_Part]) -> None:
