@@ -50,7 +50,7 @@ def test_most_digits_are_readable(readable, digits):
     assert len(readable) > 0.6 * len(digits.test)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def told(request, model, readable):
     """How often pictures of a kind are read rightly and wrongly, and refused."""
     kind = request.param

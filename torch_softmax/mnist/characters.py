@@ -43,11 +43,11 @@ WINDOWS = (2, 4, 8)  # the shorter side is so many windows long
 MOST = 10  # characters in a picture
 STROKE = 0.28  # of its length: the mean width of a character's strokes at the most
 BLOT = 0.44  # of its length: the width of its broadest place at the most
-SHEET = 0.15  # of its length: the stroke width from which a part may be a sheet with holes of ink
-HOLE = 0.005  # of its area: a smaller hole is dirt
+SHEET = 0.12  # of its length: the stroke width from which a part may be a sheet with holes of ink
+HOLE = 0.003  # of its area: a smaller hole is dirt
 FLAT = 2.0  # times its height: the width of a character at the most
 SHORT = 0.4  # of the tallest character: the least height of another
-SEEN = 2 / 3  # of the edge around it that must show the contrast of ink
+SEEN = 0.8  # of the edge around it that must show the contrast of ink
 DIRT = 0.25  # of the ink's area: what else may stand out
 GAP = 0.15  # of a character's size: pieces of it that are nearer belong to it
 
@@ -251,7 +251,7 @@ def _is_sheet(part: _Part, ink: Tensor) -> bool:
     # Paper within a 0 is no part of the 0.
     holes = [_Part((ground[1:-1, 1:-1] == number) & ~ink) for number in numbers]
     return len(holes) > 2 or any(
-        hole.size >= part.size / 8 and hole.stroke < min(part.stroke / 2, STROKE * hole.size)
+        hole.size >= part.size / 16 and hole.stroke < min(part.stroke / 2, STROKE * hole.size)
         for hole in holes
     )
 
@@ -261,7 +261,7 @@ def _seen_edge(small: Tensor, ground: Ground, part: _Part, ink: Ink) -> float:
 
     The step may take half the width of a stroke, as that of a blurred one does.
     """
-    reach = max(2, round(part.stroke / 2))
+    reach = max(2, round(0.6 * part.stroke))
     ring = grown(part.mask, reach + 1) & ~grown(part.mask, reach - 1) & ~ink.mask
     shade = ground.sign * small
     window = 2 * reach + 5
