@@ -2,7 +2,7 @@
 
 import sys
 
-from torch_softmax.mnist.commands.train import main
+from torch_softmax.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

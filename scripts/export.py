@@ -1,8 +1,8 @@
-"""Export a trained classifier: python scripts/export.py --checkpoint runs/first."""
+"""Export a trained classifier: python scripts/export.py runs/first."""
 
 import sys
 
-from torch_softmax.mnist.commands.export import main
+from torch_softmax.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -1,22 +1,17 @@
 """Validation at the public boundary, and the wording of every error that it raises."""
 
-import math
 import numbers
-import operator
 
 import torch
 from torch import Tensor
 
-
-class UserError(RuntimeError):
-    """Something that a user gave can't be used; the message is one line that says why."""
-
-
-def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless a named option is one of some words."""
-    if value not in choices:
-        words = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
-        raise ValueError(f"{name} must be {words}, got {value!r}")
+# Those that need no torch are there by this name too.
+from ._values import UserError as UserError
+from ._values import finite as finite
+from ._values import integer as integer
+from ._values import one_of as one_of
+from ._values import positive as positive
+from ._values import seed as seed
 
 
 def floating(name: str, value: object) -> None:
@@ -35,40 +30,13 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], reason: str) -> N
         )
 
 
-def positive(name: str, value: object) -> None:
-    """Raise unless a named argument is an int of at least 1."""
-    if integer(name, value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def seed(name: str, value: object) -> None:
-    """Raise unless a named argument is an int that every generator of torch takes as its seed."""
-    if not 0 <= integer(name, value) < 2**63:
-        raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {value}")
-
-
-def integer(name: str, value: object) -> int:
-    """Return a named argument as an int, or raise: NumPy's integers and 0-d tensors will do."""
-    try:
-        if isinstance(value, (bool, float)):
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}") from None
-
-
 def number(name: str, value: object) -> float:
     """Return a named argument as a float, or raise: NumPy's numbers and 0-d tensors will do."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} must not require a gradient, for it gets none")
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
         return float(value)
     raise TypeError(f"{name} must be a float, got {value!r}")
-
-
-def finite(name: str, value: float, *, above_zero: bool = False) -> None:
-    """Raise unless a named number is finite and at least 0, or above it if so asked."""
-    if not (0 < value < math.inf or (value == 0 and not above_zero)):
-        bound = "above 0" if above_zero else "of at least 0"
-        raise ValueError(f"{name} must be a finite number {bound}, got {value}")
 
 
 def floating_dtype(name: str, value: object) -> None:
@@ -94,15 +62,17 @@ def target(
         shape("target", value, labels_shape, "for class indices")
 
 
-def labels(value: Tensor, classes: int, ignore_index: int) -> bool:
+def labels(value: Tensor, classes: int, ignore_index: int, *, wait: bool = False) -> bool:
     """Raise unless every class index lies in range; return whether some may be ignored.
 
-    That is looked at only where it can be seen without waiting, which is on a CPU, outside of a
-    compiler and of vmap. Elsewhere the kernels that gather by these indices check them.
+    That is looked at only where it can be seen without waiting for a device, unless asked to wait:
+    on a CPU, outside of a compiler and of vmap. Elsewhere the kernels that gather by these indices
+    check them.
     """
     if value.is_floating_point():
         return False
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
+    can_see = value.device.type == "cpu" or (wait and not value.is_meta)
+    if not can_see or torch.compiler.is_compiling() or value.numel() == 0:
         return True
     if value.dtype != torch.int64:  # aminmax knows few others
         value = value.long()

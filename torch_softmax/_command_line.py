@@ -1,15 +1,19 @@
-"""What all commands share: their parser, the device, and how errors and Ctrl-C end them."""
+"""What all commands share: their parser, the device, and how errors and Ctrl-C end them.
+
+None of it loads torch before a command runs, so that --help answers at once.
+"""
 
 import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
+from ._values import UserError
 
-from ._checks import UserError
+if TYPE_CHECKING:
+    import torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,8 +46,10 @@ def add_device_option(parser: argparse.ArgumentParser, default: str = "auto") ->
     )
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> "torch.device":
     """The device of a name, or the best that torch finds for 'auto'."""
+    import torch  # slow, and needed only here
+
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -81,8 +87,11 @@ def run_command(parser: Parser, command: Callable[[], int | None]) -> int:
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+def stop_on_interrupt(patient: bool = False) -> Iterator[Callable[[], bool]]:
     """Within the block, only note the first Ctrl-C; a second one raises KeyboardInterrupt.
+
+    Args:
+        patient: Only note the others too, as torchrun passes on the one that all have had.
 
     Yields:
         A function that tells whether there was one, for a loop to ask where it can stop.
@@ -93,7 +102,8 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     def note(*_: object) -> None:
         nonlocal stopped
         stopped = True
-        signal.signal(signal.SIGINT, usual)
+        if not patient:
+            signal.signal(signal.SIGINT, usual)
 
     if usual is not signal.SIG_IGN:  # as in a job in the background, which Ctrl-C is not meant for
         signal.signal(signal.SIGINT, note)

@@ -11,7 +11,7 @@ from .losses import linear, logits
 from .losses import softmax as _softmax
 from .losses._autograd import overridable, unwrapped
 from .losses._small import Batch, loss_if_small
-from .losses._targets import Options, options_of
+from .losses._targets import Options, logit_options_of, options_of, row_options_of
 
 __all__ = ["cross_entropy", "linear_cross_entropy", "softmax"]
 
@@ -120,6 +120,11 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     chunk_size: int | None = None,
     dtype: torch.dtype | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    count: Tensor | float | None = None,
 ) -> Tensor:
     """Cross-entropy of a linear layer's logits, which are never held for more than a few rows.
 
@@ -147,6 +152,15 @@ def linear_cross_entropy(
             with; the gradients keep the dtype of the inputs. None is torch's: in half precision
             logits and loss are rounded to it. `torch.float32` avoids that, and is what models in
             half precision should take.
+        softcap: c, above 0, which the logits are kept within by c tanh(z / c), after their scale.
+        logit_scale: What the logits are multiplied with first.
+        z_loss: ζ, at least 0, which adds ζ (log Σ_k e^{z_k})² to the loss of each row that counts.
+        row_weight: What the loss of each row is multiplied with, of the shape of the class indices
+            and a floating-point dtype. It gets a gradient where it requires one. A mean still
+            divides by the weights of the targets, or by `count`.
+        count: What a mean divides by in place of these weights, a number or a tensor (), which is
+            never waited for: micro-batches and ranks that share one add up to one mean. The mean
+            over a count of 0 is 0, and so is its gradient.
 
     Returns:
         The loss, in `dtype` or the one that `input` and `linear_weight` promote to (float32 under
@@ -156,6 +170,8 @@ def linear_cross_entropy(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes don't fit, a class index is out of range, or an option is unknown.
+        NotImplementedError: An option that torch's function does not have is given, and
+            `linear_weight` is sharded.
 
     Example:
         >>> input = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
@@ -169,7 +185,15 @@ def linear_cross_entropy(
 
     Source: Bishop, Pattern Recognition and Machine Learning (2006), equations 4.108 to 4.110.
     """
-    if chunk_size is None:
+    extra = linear.NO_EXTRA
+    # A tensor is looked at: it may require a gradient, which it would not get.
+    are_floats = type(logit_scale) is float and type(z_loss) is float
+    are_none = softcap is None and row_weight is None and count is None
+    if not (are_none and are_floats and logit_scale == 1 and z_loss == 0):
+        extra = linear.Extra(
+            row_options_of(row_weight, count), logit_options_of(softcap, logit_scale, z_loss)
+        )
+    if chunk_size is None and extra is linear.NO_EXTRA:
         ignored = -100 if ignore_index is None else ignore_index
         given = Options(weight, ignored, reduction, label_smoothing, dtype)
         batch = Batch(input, linear_weight, linear_bias, target)
@@ -185,9 +209,13 @@ def linear_cross_entropy(
     if _any_sharded(*layer, target, weight):
         from .distributed._sharded import sharded_cross_entropy
 
+        if extra.given():
+            raise NotImplementedError(
+                f"{extra.given()} must be left out where linear_weight is sharded"
+            )
         loss: Tensor = sharded_cross_entropy(layer, target, options, chunk_size)
         return loss
-    return linear.linear_cross_entropy(layer, target, options, chunk_size)
+    return linear.linear_cross_entropy(layer, target, options, extra, chunk_size)
 
 
 def _any_sharded(*tensors: Any) -> bool:

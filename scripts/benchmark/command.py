@@ -1,7 +1,7 @@
-"""Measure speed and memory of the losses beside torch's and other packages', and write a CSV.
+"""Measure speed and memory of the losses beside torch's and other packages', and print a table.
 
     python -m scripts.benchmark                      # every section, some ten minutes
-    python -m scripts.benchmark --quick              # small shapes, about a minute
+    python -m scripts.benchmark --quick              # small shapes, a minute or two
     python -m scripts.benchmark --sections linear hvp --output linear.csv
 
 What can't be measured here is left out, with a line that says why.
@@ -9,6 +9,7 @@ What can't be measured here is left out, with a line that says why.
 
 import argparse
 import csv
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -73,8 +74,8 @@ def build_parser() -> Parser:
     """The options, with their help."""
     parser = Parser(
         prog="benchmark",
-        description="Measure speed and memory of the losses beside torch's and other packages', "
-        'and write a CSV. The others are those of pip install "torch_softmax[bench]".',
+        description="Measure speed and memory of the losses beside torch's and other packages'. "
+        'The others are those of pip install "torch_softmax[bench]".',
         example="python -m scripts.benchmark --sections linear --output linear.csv",
     )
     parser.add_argument(
@@ -92,7 +93,7 @@ def build_parser() -> Parser:
         const=["parallel"],
         help="the same as --sections parallel: classes sharded over processes",
     )
-    parser.add_argument("--quick", action="store_true", help="small shapes, about a minute")
+    parser.add_argument("--quick", action="store_true", help="small shapes, a minute or two")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -112,9 +113,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("benchmark.csv"),
         metavar="FILE",
-        help="the CSV, which must not be there yet (default: %(default)s)",
+        help="write the table there too, as a CSV, which must not be there yet",
     )
     return parser
 
@@ -140,7 +140,8 @@ def benchmark(args: argparse.Namespace) -> None:
                     values = event._asdict()
                     writer.writerow(machine(values.pop("place")) | values)
                     file.flush()
-    print(f"saved {args.output}")
+    if args.output:
+        print(f"saved {args.output}")
 
 
 def choose_options(args: argparse.Namespace) -> Options:
@@ -153,8 +154,10 @@ def choose_options(args: argparse.Namespace) -> Options:
     return Options(place, seconds, args.quick, args.data_dir)
 
 
-def open_new(path: Path) -> TextIO:
-    """Open a CSV that isn't there yet."""
+def open_new(path: Path | None) -> TextIO:
+    """Open a CSV that isn't there yet; or, where none is asked for, what keeps nothing."""
+    if path is None:
+        return open(os.devnull, "w", encoding="utf-8")
     try:
         return path.open("x", newline="", encoding="utf-8")
     except FileExistsError:

@@ -11,14 +11,15 @@ NAMES = ("torch dense", "torch chunked", "ours")
 PROBLEM = LINEAR._replace(
     section="growth", contestants={name: LINEAR.contestants[name] for name in NAMES}
 )
-BASE = Shape(2048, 128, 8192)
+BASE, QUICK_BASE = Shape(2048, 128, 8192), Shape(512, 128, 4096)
 FACTORS = (1, 2, 4)
 LEAST_MIB = 1.0  # less is within the noise of a measurement
 
 
 def growth(options: Options) -> Iterator[Row | str]:
     """Double N, D and K, each by itself, and tell the powers that time and memory follow."""
-    series = {size: doubled(BASE, size) for size in ("N" if options.quick else Shape._fields)}
+    base, sizes = (QUICK_BASE, ["N"]) if options.quick else (BASE, Shape._fields)
+    series = {size: doubled(base, size) for size in sizes}
     shapes = list(dict.fromkeys(shape for shapes in series.values() for shape in shapes))
     rows = {}
     for event in measure(PROBLEM, shapes, options):

@@ -24,7 +24,7 @@ import time
 start = time.perf_counter()
 import torch
 middle = time.perf_counter()
-import torch_softmax
+from torch_softmax import SoftmaxRegression
 print(middle - start, time.perf_counter() - middle)
 """
 

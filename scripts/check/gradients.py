@@ -29,6 +29,7 @@ from tests import reference
 from torch_softmax import _checks as checks
 from torch_softmax._command_line import Parser, add_device_option, choose_device, run_command
 from torch_softmax._files import write_atomically
+from torch_softmax._verify_losses import line, text
 from torch_softmax.functional import cross_entropy, linear_cross_entropy
 from torch_softmax.verify import OK, RAISES, WRONG, Pair, Row, Tensors, audit, judge, tolerance
 
@@ -378,19 +379,6 @@ def table(problem: Problem) -> Iterator[tuple[str, Cells]]:
         yield name, {column: report[name] for column, report in reports.items()}
 
 
-def line(name: str, cells: dict[str, str]) -> str:
-    """One line of the table."""
-    texts = (f"{cells.get(column, '-'):<16}" for column in IMPLEMENTATIONS)
-    return f"{name:<28}{''.join(texts)}".rstrip()
-
-
-def text(cell: Row) -> str:
-    """What a cell shows."""
-    if cell.outcome == OK and cell.error is not None:
-        return f"{cell.error:.1e}"
-    return cell.outcome
-
-
 def as_json(conditions: dict[str, object], rows: dict[str, Cells]) -> str:
     """The table as JSON, with null for an error that is no finite number."""
 
@@ -433,13 +421,14 @@ def check(arguments: argparse.Namespace) -> int:
     }
     title = ", ".join(f"{name} {value}" for name, value in conditions.items())
     print(f"Worst relative error against the float64 oracle ({title})\n")
-    print(line("", {column: column for column in IMPLEMENTATIONS}))
+    print(line("", IMPLEMENTATIONS))
     rows = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, on what it falls back to or will deprecate
         for name, cells in table(problem):
             rows[name] = cells
-            print(line(name, {column: text(cell) for column, cell in cells.items()}), flush=True)
+            shown = (text(cells[column]) if column in cells else "-" for column in IMPLEMENTATIONS)
+            print(line(name, shown), flush=True)
     failures = [
         (name, c, rows[name][c]) for name in rows for c in OURS if rows[name][c].outcome != OK
     ]

@@ -3,7 +3,7 @@
     python -m scripts.check.kills
     python -m scripts.check.kills --kills 10 --seed 1
 
-A training on the digits is killed with SIGKILL and goes on with --resume until it has come to its
+A training on the digits is killed with SIGKILL and resumed until it has come to its
 end, and then another begins. After each kill there must be a checkpoint that loads, with every
 epoch that was reported as done. At the end the weights must be, bit for bit, those of a training
 that was never stopped. The exit status is 0 only where all of this holds.
@@ -24,16 +24,16 @@ from threading import RLock
 import torch
 from tqdm import tqdm
 
+from torch_softmax import __main__ as command
 from torch_softmax import _checks as checks
 from torch_softmax._command_line import Parser, run_command
 from torch_softmax.mnist.checkpoints import CHECKPOINT_NAME, CheckpointError, load_checkpoint
-from torch_softmax.mnist.commands import train as command
 
 EPOCHS = 5
 
 # Its server imports torch once, where otherwise every training would.
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "torch_softmax.mnist.checkpoints"])
+PROCESSES.set_forkserver_preload(["torch_softmax.mnist.commands.train"])
 
 
 class Training:
@@ -50,8 +50,11 @@ class Training:
             seconds: Until it is killed, from the first checkpoint on; None lets it finish.
         """
         checkpoint = self.directory / CHECKPOINT_NAME
-        options = ["--resume"] if checkpoint.exists() else [f"--epochs={EPOCHS}", "--output-dir"]
-        arguments = ["--dataset=digits", *options, str(self.directory)]
+        if checkpoint.exists():
+            arguments = ["resume", str(self.directory)]
+        else:
+            begin = ["train", "--dataset=digits", f"--epochs={EPOCHS}"]
+            arguments = [*begin, f"--output-dir={self.directory}"]
         process = PROCESSES.Process(target=train, args=(arguments, self.log))
         process.start()
         while process.is_alive() and not checkpoint.exists():

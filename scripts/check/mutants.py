@@ -417,7 +417,7 @@ MUTANTS = [
         ("an ignored row that holds nan", "kept", lambda f: lambda inputs: inputs.x),
     ),
     *mutants(
-        _sweeps._Logits,
+        _sweeps.Logits,
         (
             "linear: skip the bias of few classes",
             "of",
@@ -449,9 +449,9 @@ MUTANTS = [
             lambda f: lambda self, v: f(self, v)._replace(value=f(self, v).loss),
         ),
         (
-            "objective: no bias in X̃ᵀX̃",
-            "gram",
-            lambda f: lambda self: f(self).tril().triu(),
+            "objective: moments about 0",
+            "moments",
+            lambda f: lambda self: f(self)._replace(mean=torch.zeros(self.examples.features)),
         ),
     ),
     *mutants(

@@ -34,6 +34,7 @@ TESTS_OF = {
     "losses/_cross_entropy.py": ["tests/losses/test_linear.py"],
     "losses/_small.py": ["tests/losses/test_small.py"],
     "losses/_chunked.py": ["tests/losses/test_linear.py"],
+    "losses/_products.py": ["tests/losses/test_linear.py", "tests/losses/test_promises.py"],
     "losses/_sweeps.py": ["tests/losses/test_linear.py", "tests/losses/test_promises.py"],
     "losses/_autograd.py": ["tests/losses/test_softmax.py", "tests/losses/test_small.py"],
     "losses/_objective.py": ["tests/optim"],
@@ -87,14 +88,14 @@ TEXTS = [
     Text(
         "linear: S for S − y in ∂L/∂x and ∂L/∂W",
         "losses/_sweeps.py",
-        "g = _put(z, block, gradient)",
-        "g = _put(z, block, torch.softmax(wide, 1))",
+        "g = put(z, block, gradient)",
+        "g = put(z, block, torch.softmax(wide, 1))",
     ),
     Text(
         "linear: ∂L/∂x over that of the first chunk",
         "losses/_sweeps.py",
-        "torch.mm(g, W, out=out.x[rows])",
-        "torch.mm(g, W, out=out.x[: len(g)])",
+        "pull_to_rows(g, W, out.x[rows])",
+        "pull_to_rows(g, W, out.x[: len(g)])",
     ),
     Text(
         "linear Hessian: no uW g",

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -458,13 +459,13 @@ def exchanged(mesh, inputs, options):
 def test_messages_are_of_rows_alone(two, classes):
     for start, *messages in two.run(exchanged, problem(classes=classes), {}):
         assert messages == [("allreduce_", N), ("allreduce_", 2 * N), ("allreduce_", N * D)]
-        assert start == ("allreduce_", 30)  # do all ranks agree on what is asked for?
+        assert start == ("allreduce_", 40)  # do all ranks agree on what is asked for?
 
 
 @pytest.mark.parametrize("rows", [1, N, 100])
 def test_the_first_message_has_one_length(two, rows):
     for start, *_ in two.run(exchanged, problem(shape=(rows,)), {}):
-        assert start == ("allreduce_", 30)
+        assert start == ("allreduce_", 40)
 
 
 def test_messages_of_probabilities_have_their_mass_too(two):
@@ -601,7 +602,11 @@ def differently(mesh, name, values):
         ("input", (torch.ones(N, D), torch.ones(N, D).requires_grad_())),
         ("target", (torch.tensor([0, 1, 2, 3, 4, 5]), torch.tensor([1, 0, 2, 3, 4, 5]))),
         ("target", (torch.tensor([0] * N), torch.tensor([0] * (N - 1) + [-100]))),
+        ("target", (torch.tensor([3, 0, 0, 0, 0, 0]), torch.tensor([1, 1, 0, 0, 0, 0]))),
         ("target", (torch.ones(N, K), torch.eye(N, K))),
+        ("target", (torch.ones(N, K), 2 * torch.ones(N, K))),
+        ("input", (torch.ones(N, D), 1.01 * torch.ones(N, D))),
+        ("weight", (torch.ones(K), 1.5 * torch.ones(K))),
         ("weight", (torch.ones(K), None)),
         ("weight", (torch.ones(K), torch.arange(1.0, K + 1))),
         ("reduction", ("mean", "sum")),
@@ -616,6 +621,41 @@ def test_ranks_that_are_called_differently_all_raise(two, name, values):
         assert error is ValueError
         assert text.startswith(f"{name} must be the same on every rank")
         assert "\n" not in text
+
+
+def with_one_number_slightly_different(mesh, level):
+    x = torch.ones(N, D)
+    x[0, 0] += 1e-6 * mesh.get_local_rank()
+    usual = dist.get_debug_level()
+    dist.set_debug_level(level)
+    try:
+        call(mesh, lambda mesh: {"input": x})
+    finally:
+        dist.set_debug_level(usual)
+
+
+def test_values_are_compared_exactly_where_that_is_asked_for(two):
+    for error, text in two.run(
+        error_of, with_one_number_slightly_different, dist.DebugLevel.DETAIL
+    ):
+        assert error is ValueError
+        assert text.startswith("input must be the same on every rank")
+
+
+def test_ranks_may_round_in_another_order(two):
+    two.run(with_one_number_slightly_different, dist.DebugLevel.OFF)
+
+
+def compiled_with_rows_of_its_own(mesh):
+    x, W, target = shard(mesh, problem(bias=False))
+    loss = torch.compile(linear_cross_entropy, backend="aot_eager")
+    loss(x + mesh.get_local_rank(), W, target)
+
+
+def test_rows_of_each_rank_raise_in_compiled_code_too(two):
+    for error, text in two.run(error_of, compiled_with_rows_of_its_own):
+        assert error is ValueError
+        assert text.startswith("input must be the same on every rank")
 
 
 def bias_on_the_first_rank_alone(mesh):

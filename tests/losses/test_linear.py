@@ -800,12 +800,20 @@ def test_exports(reduction, kind, strict):
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has no such function")
-def test_arguments_are_those_of_torch_but_for_the_chunk_size():
+def test_arguments_are_those_of_torch_and_then_our_own():
     *theirs, options = arguments_of(F.linear_cross_entropy)
     assert options[0] == "options"
-    *ours, chunk_size, dtype = arguments_of(linear_cross_entropy)
-    assert ours == theirs
-    assert (chunk_size[0], dtype[0]) == ("chunk_size", "dtype")
+    every = arguments_of(linear_cross_entropy)
+    assert every[: len(theirs)] == theirs
+    assert [name for name, *_ in every[len(theirs) :]] == [
+        "chunk_size",
+        "dtype",
+        "softcap",
+        "logit_scale",
+        "z_loss",
+        "row_weight",
+        "count",
+    ]
 
 
 WRONG = {

@@ -54,7 +54,21 @@ def test_mean_curvature_is_the_mean_eigenvalue(problem):
     assert f.hessian(v).mean_curvature() == pytest.approx(expected, rel=1e-10)
 
 
-def test_gram_is_that_of_the_input_with_ones(problem, bias):
+def test_moments_are_those_of_the_input(problem, bias):
     f, _, input, _ = problem
-    wide = torch.cat([input, torch.ones(len(input), 1)], 1) if bias else input
-    torch.testing.assert_close(f.gram(), wide.t() @ wide / len(wide), rtol=1e-12, atol=1e-14)
+    mean, second = f.moments()
+    about = input.mean(0) if bias else torch.zeros(64)
+    torch.testing.assert_close(
+        second, (input - about).t() @ (input - about) / len(input), rtol=1e-12, atol=1e-14
+    )
+    if bias:
+        torch.testing.assert_close(mean, about, rtol=1e-13, atol=0)
+    else:
+        assert mean is None
+
+
+def test_moments_about_a_large_mean_are_not_lost_in_rounding():
+    input = torch.randn(500, 3, dtype=torch.float64) + 2000
+    f = Objective(input.float(), torch.zeros(500).long(), 0.0, bias=True)
+    expected = torch.cov(input.float().double().t(), correction=0)
+    torch.testing.assert_close(f.moments().second.double(), expected, rtol=1e-4, atol=1e-4)

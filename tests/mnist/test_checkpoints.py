@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from tests.mnist.files import write_mnist
 from torch_softmax import SoftmaxRegression
 from torch_softmax._files import write_atomically
 from torch_softmax.mnist.checkpoints import (
@@ -17,7 +18,7 @@ from torch_softmax.mnist.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from torch_softmax.mnist.data import ImageDataset, TrainTest, load_dataset
+from torch_softmax.mnist.data import DataNotFoundError, load_dataset
 from torch_softmax.mnist.settings import Settings
 from torch_softmax.mnist.training import Score, Tally
 
@@ -106,12 +107,81 @@ def test_the_model_is_a_classifier_in_evaluation_mode(checkpoint):
     )
 
 
-def test_images_of_another_size_do_not_fit(checkpoint, digits):
-    checkpoint.check_fits(digits)
-    part = ImageDataset(torch.zeros(1, 784, dtype=torch.uint8), torch.zeros(1).long(), 255)
+def test_images_of_another_size_do_not_fit(checkpoint, digits, tmp_path):
+    assert len(checkpoint.load_data().test) == len(digits.test)
+    write_mnist(tmp_path / "MNIST" / "raw")
     message = "is of a model for 64 pixels, but mnist has 784"
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.check_fits(TrainTest("mnist", part, part))
+        checkpoint.load_data(tmp_path, "mnist")
+
+
+# Where its data are
+
+
+@pytest.fixture
+def at_home(tmp_path, monkeypatch):
+    """The folder that the test works in, which is not the one that has its data."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:1/"])
+    return home
+
+
+@pytest.fixture
+def on_mnist(tmp_path, at_home):
+    """A run on a small MNIST, whose path was given from where it began."""
+    write_mnist(tmp_path / "lent" / "MNIST" / "raw", train_size=12)
+    return Checkpoint.start(SETTINGS, load_dataset("mnist", "../lent"))
+
+
+def test_it_finds_the_data_from_elsewhere(on_mnist, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "model.pt", on_mnist)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(load_checkpoint(tmp_path).load_data().train) == 12
+
+
+def test_data_that_are_named_win(on_mnist, tmp_path):
+    write_mnist(tmp_path / "other" / "MNIST" / "raw", train_size=13)
+    assert len(on_mnist.load_data(tmp_path / "other").train) == 13
+
+
+def test_data_that_are_gone_are_looked_for_in_the_default_place(on_mnist, tmp_path):
+    (tmp_path / "lent" / "MNIST").rename(tmp_path / "lent" / "moved")
+    write_mnist(tmp_path / "home" / "data" / "MNIST" / "raw", train_size=13)
+    assert len(on_mnist.load_data().train) == 13
+
+
+def test_data_that_are_nowhere_are_told_of_with_both_places(on_mnist, tmp_path):
+    (tmp_path / "lent" / "MNIST").rename(tmp_path / "lent" / "moved")
+    with pytest.raises(DataNotFoundError) as raised:
+        on_mnist.load_data()
+    message = str(raised.value)
+    assert message.startswith("MNIST is not in data/MNIST/raw and can't be fetched")
+    assert message.endswith(
+        f"; the run had its data in {on_mnist.data_dir}, where they are no longer"
+    )
+
+
+def test_another_data_set_is_looked_for_beside_that_of_the_run(on_mnist, tmp_path):
+    write_mnist(tmp_path / "lent" / "KMNIST" / "raw", train_size=13)
+    assert len(on_mnist.load_data(dataset="kmnist").train) == 13
+
+
+def test_a_checkpoint_that_does_not_tell_takes_the_default_place(on_mnist, tmp_path):
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, on_mnist)
+    content = torch.load(path, weights_only=True)
+    del content["data_dir"]
+    torch.save(content, path)
+    write_mnist(tmp_path / "home" / "data" / "MNIST" / "raw", train_size=13)
+    assert len(load_checkpoint(path).load_data().train) == 13
+
+
+def test_the_digits_are_nowhere(start):
+    assert start.data_dir is None
+    assert start.load_data().name == "digits"
 
 
 # Settings to go on with
@@ -223,6 +293,7 @@ def test_a_file_of_another_kind(path, content):
             "dataset must be 'mnist', 'fashion-mnist', 'kmnist' or 'digits', got 'cifar'",
         ),
         ("epoch", 1, "history must be of 1 epochs, got 2"),
+        ("data_dir", 7, "data_dir must be a path or None, got 7"),
         (
             "settings",
             {**asdict(SETTINGS), "epochs": 2},

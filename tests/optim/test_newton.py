@@ -89,6 +89,94 @@ def test_start_does_not_matter(examples):
     assert_same_parameters(second, first, rtol=0, atol=1e-6)
 
 
+def overlapping(features, classes=2, seed=0):
+    """Examples that no plane separates."""
+    generator = torch.Generator().manual_seed(seed)
+    input = torch.randn(300, features, generator=generator, dtype=torch.float64)
+    scores = input @ torch.randn(features, classes, generator=generator, dtype=torch.float64)
+    noise = torch.rand(300, classes, generator=generator, dtype=torch.float64)
+    return input, (scores - noise.log().neg().log()).argmax(1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("mean", [100, 2000])
+def test_where_the_features_lie_does_not_matter(mean, seed):
+    input, target = overlapping(1, seed=seed)
+    torch.manual_seed(seed)
+    near, far = (SoftmaxRegression(1, 2, dtype=torch.float64) for _ in range(2))
+    at_0 = newton.minimize(near, input, target, 0.0, tolerance=1e-9)
+    away = newton.minimize(far, input + mean, target, 0.0, tolerance=1e-6)
+    assert away.converged
+    assert away.objective == pytest.approx(at_0.objective, abs=1e-9)
+
+
+def test_a_mean_that_is_large_for_float32():
+    input, target = overlapping(1)
+    far = (input + 100).float()
+    model, exact = SoftmaxRegression(1, 2), SoftmaxRegression(1, 2, dtype=torch.float64)
+    result = newton.minimize(model, far, target, 0.0)
+    expected = newton.minimize(exact, far.double(), target, 0.0, tolerance=1e-9)
+    assert result.converged
+    assert result.objective == pytest.approx(expected.objective, abs=1e-6)
+
+
+def test_units_of_the_features_do_not_matter():
+    input, target = overlapping(7, classes=4)
+    units = torch.logspace(-2, 4, 7, dtype=torch.float64)
+    same, different = (SoftmaxRegression(7, 4, dtype=torch.float64) for _ in range(2))
+    expected = newton.minimize(same, input, target, 0.0, tolerance=1e-9)
+    result = newton.minimize(different, input * units, target, 0.0, tolerance=1e-5)
+    assert result.converged
+    assert result.steps <= 2 * expected.steps
+    assert result.objective == pytest.approx(expected.objective, abs=1e-9)
+
+
+@pytest.mark.parametrize("C", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("name", ["wine", "iris", "breast_cancer"])
+def test_small_tables_of_scikit_learn(name, C):
+    datasets, linear_model = (
+        pytest.importorskip(f"sklearn.{room}") for room in ("datasets", "linear_model")
+    )
+    X, y = getattr(datasets, f"load_{name}")(return_X_y=True)
+    classes = int(y.max()) + 1
+    theirs = linear_model.LogisticRegression(
+        C=C, solver="newton-cholesky", tol=1e-10, max_iter=1000
+    ).fit(X, y)
+    input, target = torch.from_numpy(X), torch.from_numpy(y)
+    ours = SoftmaxRegression(X.shape[1], classes, dtype=torch.float64)
+    weight_decay = (2 if classes == 2 else 1) / (C * len(y))
+    result = newton.minimize(ours, input, target, weight_decay, tolerance=1e-8)
+    assert result.converged
+    assert result.steps <= 30
+    expected = torch.from_numpy(theirs.predict_proba(X))
+    torch.testing.assert_close(ours.predict_proba(input), expected, rtol=0, atol=1e-5)
+
+
+def test_the_model_itself_is_the_start_where_it_is_better_than_zeros(examples):
+    model = new_model()
+    newton.minimize(model, *examples, WEIGHT_DECAY, tolerance=1e-3)
+    again = newton.minimize(model, *examples, WEIGHT_DECAY, tolerance=1e-6)
+    assert again.steps < newton.minimize(new_model(), *examples, WEIGHT_DECAY, tolerance=1e-6).steps
+
+
+def test_autocast_around_it_makes_no_difference(examples):
+    input, target = examples
+    plain, within = new_model(torch.float32), new_model(torch.float32)
+    newton.minimize(plain, input.float(), target, WEIGHT_DECAY)
+    with torch.autocast("cpu", torch.bfloat16):
+        newton.minimize(within, input.float(), target, WEIGHT_DECAY)
+    assert_same_parameters(within, plain, rtol=0, atol=1e-5)
+
+
+def test_a_class_without_examples_converges(examples):
+    input, target = examples
+    absent = target == 3
+    result = newton.minimize(
+        new_model(), input[~absent], target[~absent], WEIGHT_DECAY, tolerance=1e-7
+    )
+    assert result.converged
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, WEIGHT_DECAY])
 def test_a_start_without_any_curvature(examples, weight_decay):
     model = new_model()
@@ -295,6 +383,31 @@ def test_an_unfit_argument_is_named(name, value, error):
     }
     with pytest.raises(error, match=rf"\b{name}\b.* must "):
         newton.minimize(new_model(), **{**arguments, name: value})
+
+
+def with_weight_norm():
+    return torch.nn.utils.parametrizations.weight_norm(new_model())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (with_weight_norm, ValueError, "must hold its weight as a parameter"),
+        (lambda: torch.nn.Linear(64, CLASSES), TypeError, "must be a SoftmaxRegression"),
+        (lambda: new_model(device="meta"), ValueError, "must be on a device that holds numbers"),
+    ],
+    ids=["weight_norm", "Linear", "meta"],
+)
+def test_a_model_that_can_not_be_updated_is_refused(make, error, message):
+    input = torch.zeros(4, 64, dtype=torch.float64)
+    with pytest.raises(error, match=message):
+        newton.minimize(make(), input, torch.tensor([0, 1, 2, 3]), 0.1)
+
+
+def test_numbers_whose_squares_are_not_finite_are_refused():
+    input = torch.tensor([[1e24], [-1e24], [3e24], [0.0]])
+    with pytest.raises(ValueError, match="input must hold numbers whose squares are finite"):
+        newton.minimize(SoftmaxRegression(1, 2), input, torch.tensor([0, 1, 0, 1]), 0.0)
 
 
 def test_half_precision_is_refused():

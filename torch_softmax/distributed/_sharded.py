@@ -1,7 +1,8 @@
 """The loss of a layer whose classes are sharded: what each rank holds, and that all agree."""
 
 from dataclasses import dataclass
-from typing import Any
+from hashlib import blake2b
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -19,7 +20,7 @@ from ..losses._formulas import Target
 from ..losses._targets import Options, Terms, fold
 from ..losses.linear import Layer, check, default_chunk_size, dtypes_and_chunks, loss_of_layer
 
-# By how much `_checksum` may differ between ranks: they may round in another order.
+# By how much the marks of floating-point values may differ: ranks may round in another order.
 _ROUNDING = 0.02
 
 
@@ -131,7 +132,8 @@ class ClassShard:
         if target.is_floating_point():
             return self._of_probabilities(target, options, dtype)
         target = self._whole("target", target)
-        may_ignore = checks.labels(target, self.classes, options.ignore_index)
+        # No kernel would notice a label that no rank has; and `agree` has waited for all already.
+        may_ignore = checks.labels(target, self.classes, options.ignore_index, wait=True)
         terms = fold(target, options, self.classes, dtype, may_ignore=may_ignore)
         label, hot, _, floor = terms.y
         inside = (label >= self.start) & (label < self.stop)
@@ -173,14 +175,17 @@ class ClassShard:
             options: By the names of the arguments.
         """
         kinds = {name: _kind(tensor) for name, tensor in tensors.items()} | options
-        marks = [float(crc32(repr(kind).encode())) for kind in kinds.values()]
-        sums = [_checksum(tensor) for tensor in tensors.values()]
-        values = torch.tensor(marks + sums, dtype=torch.float64, device=self.mesh.device_type)
+        marks = [(name, got, Mark(float(crc32(repr(got).encode())))) for name, got in kinds.items()]
+        for name, tensor in tensors.items():
+            marks += [(name, "other values", mark) for mark in _marks(tensor)]
+        values = torch.tensor(
+            [mark.value for *_, mark in marks], dtype=torch.float64, device=self.mesh.device_type
+        )
         bounds = torch.cat((values, -values))
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.mesh.get_group())
-        given = [*kinds.items(), *((name, "other values") for name in tensors)]
-        for (name, got), difference in zip(given, bounds.view(2, -1).sum(0).tolist(), strict=True):
-            if difference > _ROUNDING:
+        differences = bounds.view(2, -1).sum(0).tolist()
+        for (name, got, mark), difference in zip(marks, differences, strict=True):
+            if difference > mark.rounding:
                 raise ValueError(
                     f"{name} must be the same on every rank of the mesh that shards linear_weight, "
                     f"got {got} on rank {self.mesh.get_local_rank()}"
@@ -255,23 +260,40 @@ def _kind(tensor: Tensor | None) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}{gradient}"
 
 
-def _checksum(tensor: Tensor | None) -> float:
-    """A sum that hardly any other values come to: exact for integers, else in units of ‖x‖.
+class Mark(NamedTuple):
+    """A number that tells values apart, and by how much it may differ for those that are alike."""
 
-    Σ_n n x_n of class indices, and Σ_n Σ_d cos(n) cos(d) x_nd of numbers (N, D); 0 where each rank
-    has a part.
+    value: float
+    rounding: float = 0.0
+
+
+def _marks(tensor: Tensor | None) -> list[Mark]:
+    """Two marks of a tensor's values; 0 where each rank has a part.
+
+    They are a hash of the bytes for integers, and for all where torch's own checks between ranks
+    are asked for. Else they are log ‖x‖ and Σ_n Σ_d cos(n) cos(d) x_nd / ‖x‖ of numbers (N, D).
     """
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local() if tensor.placements[0].is_replicate() else None
     if tensor is None or tensor.numel() == 0:
-        return 0.0
-    rows = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-    if not rows.is_floating_point():
-        indices = rows.flatten()
-        return float((indices * torch.arange(1, len(indices) + 1, device=rows.device)).sum())
+        return [Mark(0.0), Mark(0.0)]
+    tensor = tensor.detach()
+    if not tensor.is_floating_point() or _is_detailed():
+        content: Any = tensor.reshape(-1).view(torch.uint8).cpu().numpy()
+        digest = blake2b(content, digest_size=8).digest()
+        return [Mark(float(int.from_bytes(half, "big"))) for half in (digest[:4], digest[4:])]
+    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
     n, d = (torch.arange(size, device=rows.device).double().cos() for size in rows.shape)
     length = torch.linalg.vector_norm(rows, dtype=torch.float64)
-    return float(n @ (rows @ d.to(rows.dtype)).double() / length)
+    direction = n @ (rows @ d.to(rows.dtype)).double() / length
+    rounding = min(_ROUNDING, torch.finfo(rows.dtype).eps ** 0.5)
+    return [Mark(float(length.log()), rounding), Mark(float(direction), _ROUNDING)]
+
+
+def _is_detailed() -> bool:
+    """Whether torch is asked for its own checks between ranks."""
+    level = dist.get_debug_level()  # type: ignore[attr-defined]
+    return bool(level == dist.DebugLevel.DETAIL)  # type: ignore[attr-defined]
 
 
 def check_mesh(name: str, mesh: DeviceMesh) -> None:

@@ -28,6 +28,13 @@ class ClassParallel(ParallelStyle):
     maximum and two sums) and add up ∂L/∂x once, in float32 at least; logits and weights stay where
     they are.
 
+    The ranks must be called alike, and raise together where they were not: where dtypes, shapes,
+    options, class indices or what requires a gradient differ; and where rows, probabilities or
+    class weights differ by more than ranks may that round in another order (of the whole, some 10⁻³
+    in length in float32, and two percent in direction or in half precision). Less than that goes
+    unnoticed, such as one row of many that is slightly different. Exact checks cost a hash of all
+    bytes, and are asked for as torch's own are, with `TORCH_DISTRIBUTED_DEBUG=DETAIL`.
+
     Only who asks for logits themselves, by `forward`, `predict` or `predict_proba`, has them
     gathered: all classes of the rows given, on every rank.
 

@@ -69,13 +69,36 @@ class Ranks:
         return [int(total) for total in totals]
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """Do the block on every rank, and raise on all of them what it raises on one."""
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        self._raise_any(error)
+
+    @contextmanager
     def first_ahead(self) -> Iterator[None]:
-        """Let the first rank do the block, and then the others, who find what it has made."""
+        """Let the first rank do the block, and then the others, who find what it has made.
+
+        What it raises on one rank is raised on all of them, so that none waits in vain.
+        """
         if not self.is_first:
-            dist.barrier()
-        yield
-        if self.is_first and self.size > 1:
-            dist.barrier()
+            self._raise_any(None)
+        with self.together():
+            yield
+        if self.is_first:
+            self._raise_any(None)
+
+    def _raise_any(self, error: Exception | None) -> None:
+        """Wait for all ranks, and raise the error of the first of them that has one."""
+        errors = [error]
+        if self.size > 1:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, error)
+        for first in filter(None, errors):
+            raise error or first
 
 
 @contextmanager

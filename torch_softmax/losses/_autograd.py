@@ -212,6 +212,25 @@ def unwrapped(tensor: Any) -> Any:
     return tensor
 
 
+def is_moving(tensor: Tensor) -> bool:
+    """Whether a tensor is differentiated, in either mode and at any level."""
+    if tensor.requires_grad:
+        return True
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    if torch.compiler.is_compiling() or not is_in_func():
+        return False
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_wrapped and is_moving(torch._C._functorch.get_unwrapped(tensor))
+
+
+def at_rest(tensor: Tensor) -> Tensor:
+    """A tensor that is not differentiated any more, in either mode."""
+    if forward_ad._current_level >= 0:
+        tensor = forward_ad.unpack_dual(tensor).primal
+    return tensor.detach()
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -112,12 +112,12 @@ class Plan:
         """
 
         def fn(*tensors: Any) -> tuple[Tensor, ...]:
-            at, cotangents = _split(tensors, len(wanted))
+            at, cotangents = split(tensors, len(wanted))
 
             def results(*moving: Tensor) -> tuple[Tensor, ...]:
                 return select(self.fn(*merge(at, wanted, moving)), given)
 
-            outputs, pull = _vjp(results, *select(at, wanted))
+            outputs, pull = vjp(results, *select(at, wanted))
             pairs = zip(outputs, cotangents, strict=True)
             gradients: tuple[Tensor, ...] = pull(
                 tuple(torch.ones_like(o) if c is None else c.to(o.dtype) for o, c in pairs)
@@ -136,15 +136,15 @@ class Plan:
         """The plan of the results' tangents: of the tensors, and then of those that move."""
 
         def fn(*tensors: Any) -> tuple[Tensor, ...]:
-            at, tangents = _split(tensors, len(moved))
+            at, tangents = split(tensors, len(moved))
 
             def results(*moving: Tensor) -> tuple[Tensor, ...]:
                 return tuple(self.fn(*merge(at, moved, moving)))
 
             # The vector-Jacobian product is linear, and its own is the Jacobian-vector product.
             # torch.func.jvp can't be called inside a level of forward mode.
-            outputs, pull = _vjp(results, *select(at, moved))
-            _, push = _vjp(pull, tuple(map(torch.zeros_like, outputs)))
+            outputs, pull = vjp(results, *select(at, moved))
+            _, push = vjp(pull, tuple(map(torch.zeros_like, outputs)))
             pairs = zip(select(at, moved), tangents, strict=True)
             (pushed,) = push(tuple(tangent.to(t.dtype) for t, tangent in pairs))
             result: tuple[Tensor, ...] = pushed
@@ -237,7 +237,7 @@ class Total:
         every = self.complete(tensors)
         masks = (*wanted, *(False,) * (len(every) - len(wanted)))
         (at, _), (of_plan, of_factors), (by_plan, by_factors) = (
-            _split(values, len(self.plan.rows_in))
+            split(values, len(self.plan.rows_in))
             for values in (every, masks, known or (None,) * len(every))
         )
         gradients: Tensors = ()
@@ -257,10 +257,10 @@ def sum_of_products(results: tuple[Tensor, ...], factors: Tensors) -> Tensor:
     return functools.reduce(torch.add, terms).sum()
 
 
-_vjp: Any = torch.func.vjp  # typed by torch as if it gave an auxiliary result too
+vjp: Any = torch.func.vjp  # typed by torch as if it gave an auxiliary result too
 
 
-def _split(values: Any, count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def split(values: Any, count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The first of some values, and the rest."""
     rest = iter(values)
     return tuple(islice(rest, count)), tuple(rest)

@@ -1,7 +1,6 @@
 """From inputs and options to a loss: what the losses of logits and of a linear layer share."""
 
 import functools
-from math import nan
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from ._autograd import (
     taken_along,
 )
 from ._chunked import Total, sum_of_products
-from ._formulas import Factors, Numbers
+from ._formulas import Factors, Numbers, product
 from ._operators import run_numbers, run_total
 from ._plan import plan_of, row_numbers
 from ._sweeps import How, Inputs, numbers_and_gradients
@@ -73,23 +72,31 @@ def loss_of(inputs: Inputs, terms: Terms, reduction: str, how: How) -> Tensor:
     if reduction == "none" or inputs.W is None:
         log_sum, gap = numbers_of(inputs, how)
         loss = gap + (log_sum if terms.mass is None else terms.mass * log_sum)
-        if terms.keep is not None:
-            loss = loss.masked_fill(~terms.keep, 0)
-        if reduction == "none":
-            return loss
-        loss = loss.sum()
-    else:
-        loss = total_of(inputs, _factors(terms, how), how)
+        loss = weighted(loss, terms)
+        return loss if reduction == "none" else reduced(loss.sum(), terms, reduction)
+    return reduced(total_of(inputs, _factors(terms, how), how), terms, reduction)
+
+
+def weighted(loss: Tensor, terms: Terms) -> Tensor:
+    """The losses of rows (N,) times what these count for."""
+    factor = None if terms.factor is None else terms.factor_of_kept(loss.dtype)
+    if factor is not None:
+        loss = product(factor, loss)
+    return loss if terms.keep is None else loss.masked_fill(~terms.keep, 0)
+
+
+def reduced(total: Tensor, terms: Terms, reduction: str) -> Tensor:
+    """The sum of all losses, or their mean."""
     if reduction == "mean":
-        loss = loss / terms.divisor
+        total = total / terms.divisor
         if terms.empty is not None:
-            loss = loss.masked_fill(terms.empty, nan)
-    return loss
+            total = total.masked_fill(terms.empty, terms.of_none)
+    return total
 
 
 def _factors(terms: Terms, how: How) -> Factors:
     """With s = m and t = 1 for the rows that count, and both 0 for the others, T is Σ L."""
-    if terms.keep is None:
+    t = terms.factor_of_kept(how.dtype)
+    if t is None:
         return Factors(terms.mass, None)
-    counts = terms.keep.to(how.dtype)
-    return Factors(counts if terms.mass is None else counts * terms.mass, counts)
+    return Factors(t if terms.mass is None else t * terms.mass, t)

@@ -142,13 +142,18 @@ def jacobian_product(softmax: Tensor, u: Tensor, dim: int) -> Tensor:
     return softmax * (u - (softmax * u).sum(dim, keepdim=True))
 
 
-def row_numbers(z: Tensor, y: Target) -> Numbers:
+def top_of(z: Tensor) -> Tensor:
+    """The top of each row, (N, 1), a constant."""
+    return z.amax(1, keepdim=True).detach()
+
+
+def row_numbers(z: Tensor, y: Target, top: Tensor | None = None) -> Numbers:
     """The numbers of each row, log Σ_k e^{z_k − top} and Σ_k y_k (top − z_k).
 
     This is the definition: autograd differentiates it to any order, and what else stands here, and
     in the sweeps, is the same by hand.
     """
-    top = z.amax(1, keepdim=True).detach()
+    top = top_of(z) if top is None else top
     return Numbers((z - top).exp().sum(1).log(), y.below(top, z))
 
 

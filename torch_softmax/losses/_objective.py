@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._chunked import slices
 from ._formulas import Factors
 from ._hessian import Examples, MeanHessian, cut
 from ._sweeps import How, Inputs, numbers_and_gradients
@@ -36,6 +37,17 @@ class Point(NamedTuple):
     def norm(self) -> float:
         """‖∇f(v)‖₂."""
         return float(self.gradient.norm())
+
+
+class Moments(NamedTuple):
+    """The first and second moments of examples x.
+
+    Where there is a bias, the second moments are those of x − mean, which are not lost in rounding
+    where the mean is large; and otherwise those of x.
+    """
+
+    mean: Tensor | None  # (D,), where there is a bias
+    second: Tensor  # (D, D)
 
 
 class Objective:
@@ -75,14 +87,19 @@ class Objective:
         """∇²f(v)."""
         return Hessian(MeanHessian(self.examples, v), self.decay)
 
-    def gram(self) -> Tensor:
-        """X̃ᵀX̃ / N, (P, P), of X̃ = x with a column of ones for the bias."""
-        count, features = self.x.shape
-        gram = self.x.new_ones(len(self.decay), len(self.decay))
-        gram[:features, :features] = (self.x.t() @ self.x) / count
-        mean = self.x.mean(0)
-        gram[:features, features:], gram[features:, :features] = mean.unsqueeze(1), mean
-        return gram
+    def moments(self) -> Moments:
+        """Those of the examples."""
+        mean, count = None, len(self.x)
+        if self.examples.bias:
+            total = self.x.new_zeros(self.x.shape[1], dtype=torch.float64)
+            for rows in slices(count, self.chunk_size):
+                total += self.x[rows].sum(0)
+            mean = (total / count).to(self.x.dtype)
+        second = self.x.new_zeros(self.x.shape[1], self.x.shape[1])
+        for rows in slices(count, self.chunk_size):
+            x = self.x[rows] if mean is None else self.x[rows] - mean
+            second.addmm_(x.t(), x, alpha=1 / count)
+        return Moments(mean, second)
 
 
 @dataclass(frozen=True)

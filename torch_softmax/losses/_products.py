@@ -39,9 +39,7 @@ def multiply(x: Tensor, W: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
     if x.is_cuda and _HAS_WIDE_PRODUCTS and out.dtype == torch.float32:
         torch.mm(x, W.t(), out_dtype=out.dtype, out=out)
     else:
-        x = cast(x, out.dtype)
-        for classes in slices(len(W), _CLASSES):
-            torch.mm(x, cast(W[classes], out.dtype).t(), out=out[:, classes])
+        _multiply_wide(out, x, W, beta=0)
     return out if b is None else out.add_(b)
 
 
@@ -49,10 +47,15 @@ def add_multiplied_(out: Tensor, x: Tensor, W: Tensor) -> Tensor:
     """Add x Wᵀ to `out` (n, K), in its dtype."""
     if out.dtype == x.dtype:
         return torch.addmm(out, x, W.t(), out=out)
+    return _multiply_wide(out, x, W, beta=1)
+
+
+def _multiply_wide(out: Tensor, x: Tensor, W: Tensor, beta: int) -> Tensor:
+    """Write beta out + x Wᵀ into `out`, which is wider: W is widened a few classes at a time."""
     x = cast(x, out.dtype)
     for classes in slices(len(W), _CLASSES):
         part = out[:, classes]
-        torch.addmm(part, x, cast(W[classes], out.dtype).t(), out=part)
+        torch.addmm(part, x, cast(W[classes], out.dtype).t(), beta=beta, out=part)
     return out
 
 

@@ -95,7 +95,7 @@ def logits_step(z: Tensor) -> int:
 # The loops.
 
 
-class _Logits:
+class Logits:
     """The logits of a chunk, in a buffer that all chunks share, and those on their way through.
 
     Fresh memory costs a CPU more than the arithmetic done in it.
@@ -126,7 +126,7 @@ class _Logits:
         return slices(z.shape[0], max(1, CACHED_LOGITS // max(1, z.shape[1])))
 
 
-def _sums(inputs: Inputs, wanted: Inputs, dtype: torch.dtype) -> Inputs:
+def sums_of(inputs: Inputs, wanted: Inputs, dtype: torch.dtype) -> Inputs:
     """Where the wanted derivatives go: rows to be written, and sums that start at 0."""
     x, W = inputs.x, inputs.W
     sums = accumulation_dtype(x.dtype)
@@ -154,7 +154,7 @@ def _among(whole: Numbers | None, part: slice, values: Numbers, count: int) -> N
     return whole
 
 
-def _put(into: Tensor, block: slice, value: Tensor) -> Tensor:
+def put(into: Tensor, block: slice, value: Tensor) -> Tensor:
     """Write a block of a chunk's rows; or return it where it is all of them."""
     if value.shape == into.shape and value.dtype == into.dtype:
         return value
@@ -162,7 +162,7 @@ def _put(into: Tensor, block: slice, value: Tensor) -> Tensor:
     return into
 
 
-def _later(rows: slice, block: slice) -> slice:
+def later(rows: slice, block: slice) -> slice:
     """A block of a chunk's rows, counted among all rows."""
     return slice(rows.start + block.start, rows.start + block.stop)
 
@@ -182,14 +182,14 @@ def numbers_and_gradients(
     """
     count, W = inputs.x.shape[0], inputs.W
     numbers: Numbers | None = None
-    out = _sums(inputs, wanted, how.dtype)
-    logits = _Logits(inputs, how)
+    out = sums_of(inputs, wanted, how.dtype)
+    logits = Logits(inputs, how)
     for rows in slices(count, how.step):
         here = inputs.rows(rows)
         z = logits.of(here.x, W, here.b)
         g = z
         for block in logits.blocks(z):
-            part = _later(rows, block)
+            part = later(rows, block)
             wide = cast(cut(z, block), how.dtype)
             y = here.y if wide.shape == z.shape else here.y.rows(block)
             of_part = _part(factors, part)
@@ -206,7 +206,7 @@ def numbers_and_gradients(
                 if out.b is not None:
                     out.b.add_(gradient.sum(0))
                 if W is not None:
-                    g = _put(z, block, gradient)
+                    g = put(z, block, gradient)
                 elif out.x is not None:
                     out.x[part] = gradient
                 del gradient
@@ -239,11 +239,11 @@ def hessian_along(
     """
     count, W = inputs.x.shape[0], inputs.W
     slopes: Numbers | None = None
-    out = _sums(inputs, wanted, how.dtype)
+    out = sums_of(inputs, wanted, how.dtype)
     # A direction is a gradient's cotangent, which float32 sums of half precision have in float32.
     ux, uW, ub = (None if u is None else u.to(inputs.x.dtype) for u in direction[:3])
     needs_g = (wanted.x and uW is not None) or (wanted.W and ux is not None and W is not None)
-    logits, changes = _Logits(inputs, how), _Logits(inputs, how)
+    logits, changes = Logits(inputs, how), Logits(inputs, how)
     for rows in slices(count, how.step):
         here = inputs.rows(rows)
         moved = None if ux is None else kept(here._replace(x=ux[rows]))
@@ -251,7 +251,7 @@ def hessian_along(
         u = _change(changes, here, Inputs(moved, uW, ub))
         h = u if W is not None or out.x is None else out.x[rows]
         for block in logits.blocks(z):
-            part = _later(rows, block)
+            part = later(rows, block)
             wide = cut(z, block).to(how.dtype)
             y = here.y if wide.shape == z.shape else here.y.rows(block)
             of_part = _part(factors, part)
@@ -285,7 +285,7 @@ def hessian_along(
     return _over_all_places(out, how), slopes
 
 
-def _change(changes: _Logits, here: Inputs, direction: Inputs) -> Tensor:
+def _change(changes: Logits, here: Inputs, direction: Inputs) -> Tensor:
     """The change u = Wᵀ ux + x uWᵀ + ub of a chunk's logits."""
     x: Tensor = here.x
     ux, uW, ub = direction.x, direction.W, direction.b

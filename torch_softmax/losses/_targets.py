@@ -25,6 +25,21 @@ class Options(NamedTuple):
 NO_OPTIONS = Options(None, -100, "mean", 0.0, None)  # torch's defaults
 
 
+class RowOptions(NamedTuple):
+    """What rows count for."""
+
+    weight: Tensor | None = None  # (...), which may require a gradient; None for 1
+    divisor: Tensor | float | None = None  # of a mean; None for the weights of the targets
+
+
+class LogitOptions(NamedTuple):
+    """What is done with logits before their softmax, by the names that it has in the losses."""
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    z_loss: float = 0.0
+
+
 def options_of(
     weight: Tensor | None,
     ignore_index: object,
@@ -53,6 +68,34 @@ def options_of(
     )
 
 
+def row_options_of(row_weight: object, count: object) -> RowOptions:
+    """What rows count for, checked as far as no other argument is needed for that."""
+    if row_weight is not None:
+        checks.floating("row_weight", row_weight)
+    assert row_weight is None or isinstance(row_weight, Tensor)
+    if count is None:
+        return RowOptions(row_weight, None)
+    if isinstance(count, Tensor) and count.dim() == 0:
+        if count.requires_grad:
+            raise ValueError("count must not require a gradient, for the loss gives it none")
+        return RowOptions(row_weight, count.detach())
+    number = checks.number("count", count)
+    checks.finite("count", number)
+    return RowOptions(row_weight, number)
+
+
+def logit_options_of(softcap: object, logit_scale: object, z_loss: object) -> LogitOptions:
+    """What is done with logits, checked."""
+    scale, penalty = checks.number("logit_scale", logit_scale), checks.number("z_loss", z_loss)
+    if not math.isfinite(scale):
+        raise ValueError(f"logit_scale must be finite, got {scale}")
+    checks.finite("z_loss", penalty)
+    cap = None if softcap is None else checks.number("softcap", softcap)
+    if cap is not None:
+        checks.finite("softcap", cap, above_zero=True)
+    return LogitOptions(cap, scale, penalty)
+
+
 def check_classes(classes: int, weight: Tensor | None) -> None:
     """Raise unless there is a class, and a weight for each where there are any."""
     if classes == 0:
@@ -68,7 +111,28 @@ class Terms(NamedTuple):
     mass: Tensor | None  # (N,), Σ_k y_k; None for 1
     keep: Tensor | None  # (N,) bool, False where the target is ignored; None where none can be
     divisor: Tensor | int  # what a mean divides by: the weight of all targets; 1 where that is 0
-    empty: Tensor | None  # () bool, whether it is 0, and their mean nan; None where it can't be
+    empty: Tensor | None  # () bool, whether it is 0; None where it can't be
+    of_none: float = math.nan  # their mean then
+    factor: Tensor | None = None  # (N,), what the loss of a row is multiplied with; None for 1
+
+    def factor_of_kept(self, dtype: torch.dtype) -> Tensor | None:
+        """The factor, with 0 where a row is left out, whatever it holds there; None for 1."""
+        if self.keep is None:
+            return self.factor
+        if self.factor is None:
+            return self.keep.to(dtype)
+        return self.factor.masked_fill(~self.keep, 0)
+
+    def with_rows(self, rows: RowOptions, dtype: torch.dtype) -> "Terms":
+        """The same with what rows count for."""
+        terms = self
+        if rows.weight is not None:
+            terms = terms._replace(factor=rows.weight.flatten().to(dtype))
+        if rows.divisor is not None:
+            count = torch.as_tensor(rows.divisor, dtype=dtype, device=self.y.target.device)
+            empty = count == 0
+            terms = terms._replace(divisor=torch.where(empty, 1, count), empty=empty, of_none=0.0)
+        return terms
 
 
 def fold(

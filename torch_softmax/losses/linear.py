@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .. import _checks as checks
+from ._capped import loss_of_capped
 from ._cross_entropy import loss_of
 from ._dtypes import accumulation_dtype, cast, loss_dtype, outside_autocast, product_dtype, widest
 from ._formulas import Across
 from ._products import multiplied_in
 from ._sweeps import How, Inputs
-from ._targets import Options, Terms, check_classes, fold
+from ._targets import LogitOptions, Options, RowOptions, Terms, check_classes, fold
 from .logits import cross_entropy
 
 
@@ -28,6 +29,11 @@ class Layer(NamedTuple):
         """The same in a dtype."""
         return Layer(*(None if t is None else cast(t, dtype) for t in self))  # type: ignore[arg-type]
 
+    def flat(self) -> "Layer":
+        """The same with one dimension of rows."""
+        *shape, features = self.input.shape
+        return self._replace(input=self.input.reshape(math.prod(shape), features))
+
 
 def default_chunk_size(classes: int, features: int, device: torch.device) -> int:
     """The rows of a chunk: of 2²⁴ logits on a CPU, but at least 512; else D, but at least 1024."""
@@ -38,18 +44,55 @@ def default_chunk_size(classes: int, features: int, device: torch.device) -> int
     return max(1024, features)
 
 
+class Extra(NamedTuple):
+    """The options that torch's function does not have."""
+
+    rows: RowOptions = RowOptions()
+    logits: LogitOptions = LogitOptions()
+
+    def given(self) -> str:
+        """The name of one that is not left out, or ''."""
+        are_given = {
+            "row_weight": self.rows.weight is not None,
+            "count": self.rows.divisor is not None,
+            "softcap": self.logits.softcap is not None,
+            "logit_scale": self.logits.logit_scale != 1,
+            "z_loss": self.logits.z_loss != 0,
+        }
+        return next((name for name, is_given in are_given.items() if is_given), "")
+
+
+NO_EXTRA = Extra()
+
+
 def linear_cross_entropy(
-    layer: Layer, target: Tensor, options: Options, chunk_size: int | None
+    layer: Layer, target: Tensor, options: Options, extra: Extra, chunk_size: int | None
 ) -> Tensor:
     """The loss of a layer's logits, to be differentiated to any order."""
     check(layer, target, options)
-    classes, *extra = layer.linear_weight.shape[:-1]
-    if extra:
+    classes, *further = layer.linear_weight.shape[:-1]
+    if further:
+        if extra.given():
+            raise ValueError(
+                f"{extra.given()} must be left out for a linear_weight of more than two "
+                f"dimensions, got shape {tuple(layer.linear_weight.shape)}"
+            )
         return cross_entropy(_all_logits(layer), target, options)
+    if extra.rows.weight is not None:
+        shape = tuple(layer.input.shape[:-1])
+        checks.shape("row_weight", extra.rows.weight, shape, "as input without D")
     may_ignore = checks.labels(target, classes, options.ignore_index)
     returned, how = dtypes_and_chunks(layer, target, options, chunk_size)
     terms = fold(target, options, classes, how.dtype, may_ignore=may_ignore)
-    return cast(loss_of_layer(layer, terms, options.reduction, how), returned)
+    terms = terms.with_rows(extra.rows, how.dtype)
+    if extra.logits == LogitOptions():
+        return cast(loss_of_layer(layer, terms, options.reduction, how), returned)
+    flat = layer.to(product_dtype(*layer)).flat()
+    with outside_autocast(flat.input):
+        loss = loss_of_capped(flat, terms, extra.logits, options.reduction, how)
+    if options.reduction == "none":
+        loss = loss.reshape(layer.input.shape[:-1])
+    return cast(loss, returned)
 
 
 def check(layer: Layer, target: Tensor, options: Options) -> None:
@@ -80,12 +123,10 @@ def dtypes_and_chunks(
 
 def loss_of_layer(layer: Layer, terms: Terms, reduction: str, how: How) -> Tensor:
     """The loss of a layer (C, D) from its terms, of any leading dimensions for 'none'."""
-    *shape, features = layer.input.shape
-    x, W, b = layer.to(product_dtype(*layer))
-    inputs = Inputs(x.reshape(math.prod(shape), features), W, b, *terms.y, terms.keep)
+    x, W, b = layer.to(product_dtype(*layer)).flat()
     with outside_autocast(x):
-        loss = loss_of(inputs, terms, reduction, how)
-    return loss.reshape(shape) if reduction == "none" else loss
+        loss = loss_of(Inputs(x, W, b, *terms.y, terms.keep), terms, reduction, how)
+    return loss.reshape(layer.input.shape[:-1]) if reduction == "none" else loss
 
 
 def _all_logits(layer: Layer) -> Tensor:

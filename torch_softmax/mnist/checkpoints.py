@@ -14,9 +14,9 @@ from .. import _checks as checks
 from .._checks import UserError
 from .._files import write_atomically
 from ..modules import SoftmaxRegression
-from .data import TrainTest
+from .data import DataError, TrainTest, load_dataset
 from .settings import Settings
-from .sources import DATASETS, NUM_CLASSES
+from .sources import DATASETS, DEFAULT_DATA_DIR, NUM_CLASSES, SOURCES
 from .training import Score, Tally
 
 CHECKPOINT_NAME = "model.pt"  # in a run directory
@@ -38,6 +38,8 @@ class Checkpoint:
         history: `loss`, `accuracy` and `seconds` of each of these epochs.
         generator_state: uint8, of the generator that shuffles, at the end of these epochs.
         tally: Of the batches done since then.
+        data_dir: The absolute path of the folder that the data were loaded from; None for those of
+            this package, and in checkpoints from before this was noted.
 
     Raises:
         ValueError: They don't fit together.
@@ -56,6 +58,7 @@ class Checkpoint:
     history: list[dict[str, float]]
     generator_state: Tensor
     tally: Tally = field(default_factory=Tally)
+    data_dir: str | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("dataset", self.dataset, DATASETS[1:])
@@ -64,6 +67,8 @@ class Checkpoint:
             raise ValueError(
                 f"model must have {NUM_CLASSES} classes, as {self.dataset} has, got {classes}"
             )
+        if not isinstance(self.data_dir, str | None):
+            raise ValueError(f"data_dir must be a path or None, got {self.data_dir!r}")
         if len(self.history) != self.epoch:
             raise ValueError(f"history must be of {self.epoch} epochs, got {len(self.history)}")
         begun = self.epoch + (self.tally.batches > 0)
@@ -80,7 +85,8 @@ class Checkpoint:
         if settings.optimizer == "newton":
             model.load_state_dict({k: v.new_zeros(v.shape) for k, v in model.state_dict().items()})
         generator = torch.Generator().manual_seed(settings.seed)
-        return cls(_weights(model), settings, data.name, 0, [], generator.get_state())
+        state = generator.get_state()
+        return cls(_weights(model), settings, data.name, 0, [], state, data_dir=data.data_dir)
 
     def after_batches(self, model: SoftmaxRegression, tally: Tally) -> "Checkpoint":
         """Return the state within an epoch, as its batches so far left the model."""
@@ -126,7 +132,34 @@ class Checkpoint:
                 raise ValueError(f"{name} must be {so_far!r} as in the run so far, got {value!r}")
         return replace(self, settings=replace(self.settings, **given))
 
-    def check_fits(self, data: TrainTest) -> None:
+    def load_data(self, data_dir: Path | None = None, dataset: str | None = None) -> TrainTest:
+        """Load a data set that the model fits.
+
+        Args:
+            data_dir: Where it is; None for where the run had its data or, should they be there no
+                longer, for the default.
+            dataset: Its name; None for the one of the run.
+
+        Raises:
+            DataError: It can't be loaded.
+            CheckpointError: Its images are of another size.
+        """
+        place = data_dir or DEFAULT_DATA_DIR
+        gone = ""
+        source = SOURCES.get(self.dataset)
+        if data_dir is None and self.data_dir is not None and source is not None:
+            if Path(self.data_dir, source.name).is_dir():
+                place = Path(self.data_dir)
+            else:
+                gone = f"; the run had its data in {self.data_dir}, where they are no longer"
+        try:
+            data = load_dataset(dataset or self.dataset, place)
+        except DataError as error:
+            raise type(error)(f"{error}{gone}") from error
+        self._check_fits(data)
+        return data
+
+    def _check_fits(self, data: TrainTest) -> None:
         """Raise a CheckpointError unless the model is for images as large as a data set's."""
         features = self.model["weight"].shape[1]
         pixels = data.train.images.shape[1]

@@ -139,11 +139,15 @@ def batch_loader(
 
 
 class TrainTest(NamedTuple):
-    """A data set by name, with its fixed split."""
+    """A data set by name, with its fixed split, and the absolute path that it was loaded from.
+
+    There is no such path for a data set that is part of this package.
+    """
 
     name: str
     train: ImageDataset
     test: ImageDataset
+    data_dir: str | None = None
 
 
 def load_dataset(
@@ -152,9 +156,9 @@ def load_dataset(
     """Load a data set, downloading it to `data_dir` when it isn't there yet.
 
     Args:
-        name: 'mnist', 'fashion-mnist', 'kmnist' (28x28 pixels, 60,000 + 10,000 images, read by
-            torchvision), 'digits' (8x8 pixels, 1,442 + 355 images, part of this package), or
-            'auto': mnist if it is on disk or can be downloaded, else digits.
+        name: 'mnist', 'fashion-mnist', 'kmnist' (28x28 pixels, 60,000 + 10,000 images, from
+            torchvision's mirrors), 'digits' (8x8 pixels, 1,442 + 355 images, part of this package),
+            or 'auto': mnist if it is on disk or can be downloaded, else digits.
         data_dir: The root folder of torchvision's data sets; digits doesn't need it.
         notify: Is called with one line when 'auto' falls back to the digits.
 
@@ -175,8 +179,10 @@ def load_dataset(
     if name == "digits":
         return _load_digits()
     if name != "auto":
-        parts = read_mnist(SOURCES[name], Path(data_dir).expanduser())
-        return TrainTest(name, *(ImageDataset(*part, max_pixel=255) for part in parts))
+        root = Path(data_dir).expanduser()
+        parts = read_mnist(SOURCES[name], root)
+        train, test = (ImageDataset(*part, max_pixel=255) for part in parts)
+        return TrainTest(name, train, test, str(root.absolute()))
     try:
         return load_dataset("mnist", data_dir)
     except DataNotFoundError as error:
@@ -190,10 +196,10 @@ def _load_digits() -> TrainTest:
     table = torch.tensor([[int(value) for value in line.split(",")] for line in lines])
     images, labels = table[:, :-1].to(torch.uint8), table[:, -1]
     is_test = _rank_in_class(labels) % 5 == 4
-    parts = (
+    train, test = (
         ImageDataset(images[chosen], labels[chosen], max_pixel=16) for chosen in (~is_test, is_test)
     )
-    return TrainTest("digits", *parts)
+    return TrainTest("digits", train, test)
 
 
 def _rank_in_class(labels: Tensor) -> Tensor:

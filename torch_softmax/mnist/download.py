@@ -1,28 +1,20 @@
-"""MNIST and the data sets in its format: fetched by torchvision, and checked before use."""
+"""MNIST and the data sets in its format: downloaded if need be, and checked before use."""
 
+import gzip
 import hashlib
 import math
 import os
-import shutil
-import socket
 import struct
 import tempfile
-import threading
-import time
-import urllib.request
 import zlib
-from collections.abc import Iterable
-from http.client import HTTPException
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .._checks import UserError
+from .mirrors import FetchError, fetch
 from .sources import ARCHIVES, NUM_CLASSES, Source
-
-PROBE_SECONDS = 4.0
-STALL_SECONDS = 20.0
 
 
 class DataError(UserError):
@@ -36,94 +28,82 @@ class DataNotFoundError(DataError):
 def read_mnist(source: Source, root: Path) -> list[tuple[Tensor, Tensor]]:
     """Return the images and labels of the training and of the test set.
 
-    torchvision only looks whether its files exist. Here the packed ones must have the source's
-    checksums, and the unpacked ones must be whole, in the right format, and the same as what the
-    packed ones hold, where these are there too.
+    The files lie where torchvision has them, which only looks whether they exist. Here the packed
+    ones must have the source's checksums, and the unpacked ones must be whole, in the right format,
+    and the same as what the packed ones hold, where these are there too.
 
     Args:
         source: The data set.
-        root: Torchvision's root directory; missing files are downloaded to it.
+        root: Torchvision's root directory; missing files are downloaded to it and unpacked.
 
     Returns:
         For each set, uint8 images of shape (N, 784) and int64 labels of shape (N,).
 
     Raises:
         DataNotFoundError: The files are not on disk and can't be fetched.
-        DataError: A file is broken.
+        DataError: A file is broken, or can't be read.
     """
     folder = root / source.name / "raw"
-    archives = [folder / name for name in ARCHIVES]
-    for path, checksum in zip(archives, source.checksums, strict=True):
-        if path.exists() and _md5(path) != checksum:
-            raise _broken(path, f"does not have {source.name}'s checksum")
-
-    if not all(path.with_suffix("").exists() for path in archives):
-        packed = all(path.exists() for path in archives)
-        if packed and not os.access(folder, os.W_OK):
-            return _read_from_copy(source, archives)
-        _fetch(source, root, packed)
-
-    return [_read_part(folder, part) for part in ("train", "t10k")]
+    try:
+        for name, checksum in zip(ARCHIVES, source.checksums, strict=True):
+            path = folder / name
+            if path.exists() and _md5(path) != checksum:
+                raise _broken(path, f"does not have {source.name}'s checksum")
+        _fetch_missing(source, folder)
+        return [_read_part(folder, part) for part in ("train", "t10k")]
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} can't be read: {error.strerror}") from error
 
 
 def _md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-def _read_from_copy(source: Source, archives: list[Path]) -> list[tuple[Tensor, Tensor]]:
-    """Read packed files from a folder that can't be written, by way of a temporary one."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, source.name, "raw")
-        folder.mkdir(parents=True)
-        for path in archives:
-            shutil.copyfile(path, folder / path.name)
-        return read_mnist(source, Path(scratch))
+def _fetch_missing(source: Source, folder: Path) -> None:
+    """Download each file that is there neither packed nor unpacked."""
+    checksums = dict(zip(ARCHIVES, source.checksums, strict=True))
+    missing = [
+        name
+        for name in ARCHIVES
+        if not (folder / name).exists() and not (folder / name).with_suffix("").exists()
+    ]
+    if not missing:
+        return
+    mirrors = _mirrors(source)
+    for name in missing:
+        try:
+            has_it, content = fetch(mirrors, name, checksums[name])
+            _write(folder / name, content)
+        except (FetchError, DataError) as error:
+            raise DataNotFoundError(
+                f"{source.name} is not in {folder} and can't be fetched ({error}): "
+                f"put its four .gz files there or name another data directory"
+            ) from error
+        mirrors.sort(key=lambda mirror: mirror != has_it)  # the next file begins with this one
 
 
-def _fetch(source: Source, root: Path, packed: bool) -> None:
-    """Let torchvision download what is missing and unpack it, and leave no half-made file."""
+def _mirrors(source: Source) -> list[str]:
+    """The addresses to download from, with those over HTTP at the end.
+
+    These are for a machine that has no certificates; the checksums keep them honest.
+    """
     from torchvision import datasets  # slow, and needed only here
 
-    dataset = getattr(datasets, source.name)
-    folder = root / source.name / "raw"
-    if not packed and not _any_answers(mirror + ARCHIVES[0] for mirror in dataset.mirrors):
-        raise _not_found(source, folder, "no mirror answers")
-    before = set(folder.glob("*"))
-    timeout = socket.getdefaulttimeout()
-    # torchvision sets no timeout of its own: a stalled connection would wait for ever.
-    socket.setdefaulttimeout(STALL_SECONDS)
+    mirrors = getattr(datasets, source.name).mirrors
+    secure = [mirror for mirror in mirrors if mirror.startswith("https:")]
+    return [*mirrors, *(mirror.replace("https:", "http:", 1) for mirror in secure)]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file in one step, even where other processes do so at the same time."""
     try:
-        dataset(root, download=True)
-    except BaseException as error:
-        for path in set(folder.glob("*")) - before:
-            path.unlink()
-        if isinstance(error, (RuntimeError, OSError, HTTPException)):
-            raise _not_found(source, folder, " ".join(str(error).split())) from error
-        raise
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-def _any_answers(urls: Iterable[str]) -> bool:
-    """Whether one of these addresses answers within PROBE_SECONDS."""
-    answers: list[str] = []
-
-    def probe(url: str) -> None:
-        request = urllib.request.Request(url, method="HEAD")
-        try:
-            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-        except Exception:  # whatever it is, a download would meet it too
-            return
-        answers.append(url)
-
-    # In threads, because looking up a name can take minutes and has no timeout.
-    threads = [threading.Thread(target=probe, args=(url,), daemon=True) for url in urls]
-    deadline = time.monotonic() + PROBE_SECONDS
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return bool(answers)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            whole = Path(scratch, path.name)
+            whole.write_bytes(content)
+            whole.replace(path)
+    except OSError as error:
+        raise DataError(f"{path} can't be written: {error.strerror}") from error
 
 
 def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
@@ -145,7 +125,15 @@ def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 def _read_idx(path: Path, dims: int) -> Tensor:
     """Return what an IDX file of bytes holds, once that agrees with its header and its archive."""
-    content = bytearray(path.read_bytes())  # torch wants memory that it could write to
+    archive = path.with_name(path.name + ".gz")
+    packed = archive.read_bytes() if archive.exists() else None
+    if packed is not None and not path.exists():
+        unpacked = gzip.decompress(packed)
+        if os.access(path.parent, os.W_OK):
+            _write(path, unpacked)
+    else:
+        unpacked = path.read_bytes()
+    content = bytearray(unpacked)  # torch wants memory that it could write to
     header_size = 4 * (1 + dims)
     if len(content) < header_size:
         raise _broken(path, "ends within its header")
@@ -155,19 +143,11 @@ def _read_idx(path: Path, dims: int) -> Tensor:
     size = len(content) - header_size
     if size != math.prod(shape):
         raise _broken(path, f"holds {size} bytes where its header tells of {math.prod(shape)}")
-    archive = path.with_name(path.name + ".gz")
     # The last eight bytes of a gzip file are the CRC-32 and the size of what it holds.
-    if archive.exists() and archive.read_bytes()[-8:-4] != struct.pack("<I", zlib.crc32(content)):
+    if packed is not None and packed[-8:-4] != struct.pack("<I", zlib.crc32(content)):
         raise _broken(path, f"is not what {archive.name} holds")
     return torch.frombuffer(content, dtype=torch.uint8)[header_size:].reshape(shape)
 
 
 def _broken(path: Path, problem: str) -> DataError:
     return DataError(f"{path} {problem}: delete it and run again to get it anew")
-
-
-def _not_found(source: Source, folder: Path, reason: str) -> DataNotFoundError:
-    return DataNotFoundError(
-        f"{source.name} is not in {folder} and can't be fetched ({reason}): "
-        f"put its four .gz files there or name another data directory"
-    )

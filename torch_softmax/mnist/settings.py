@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .. import _checks as checks
+from .. import _values as checks
 
 
 def constant(progress: float) -> float:

@@ -1,8 +1,10 @@
-"""The data sets that there are: their names, their classes, and the checksums of their files."""
+"""The data sets that there are: names, classes, where they lie, and checksums of their files."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 NUM_CLASSES = 10  # of every one of them
+DEFAULT_DATA_DIR = Path("data")  # where their folders are
 
 ARCHIVES = (
     "train-images-idx3-ubyte.gz",

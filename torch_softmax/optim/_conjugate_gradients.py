@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..losses._objective import Moments
+
 _MAX_PRODUCTS = 200  # for one linear system: what is reached by then is a descent as well
 _MAX_DIRECTIONS = 50  # that one linear system leaves to the next
-# Along a direction of less than this part of the curvature expected, as where S is one-hot for all
-# examples, a system's solution lies far beyond where it means anything. MNIST stays above 0.01.
-_FLAT = 1e-3
 
 
 def dot(a: Tensor, b: Tensor) -> float:
@@ -33,6 +32,11 @@ class Known(NamedTuple):
 class Preconditioner:
     """An inverse of H ≈ c I ⊗ X̃ᵀX̃/N + λ, with c the mean curvature, that knows some products.
 
+    X̃ is x with a column of ones for the bias, and λ is that of the weight alone. With the mean μ of
+    x, the matrix C of its second moments about μ, and M = c C + λ, the inverse takes r = (r_W, r_b)
+    to W = M⁻¹ (r_W − r_b μᵀ) and b = r_b / c − W μ. M is scaled to a diagonal of ones, so that
+    neither where the features lie nor their units make a difference.
+
     The products are those of the Newton step before. Their directions dᵢ are conjugate, and
     (I − Σ dᵢ(H dᵢ)ᵀ) A⁻¹ (I − Σ (H dᵢ)dᵢᵀ) + Σ dᵢdᵢᵀ, with A⁻¹ the inverse above, is exact on them.
 
@@ -41,14 +45,19 @@ class Preconditioner:
     """
 
     def __init__(
-        self, gram: Tensor, curvature: float, weight_decay: float, known: Known | None
+        self, moments: Moments, curvature: float, weight_decay: float, known: Known | None
     ) -> None:
-        epsilon = torch.finfo(gram.dtype).eps
-        self.matrix = gram * max(curvature, epsilon)
+        self.mean, second = moments
+        epsilon = torch.finfo(second.dtype).eps
+        self.of_bias = max(curvature, epsilon)
+        self.matrix = second * self.of_bias
+        self.matrix.diagonal().add_(weight_decay)
+        diagonal = self.matrix.diagonal()
+        self.scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
+        scaled = self.scale.unsqueeze(1) * self.matrix * self.scale
         # Rounding must not make a matrix indefinite whose columns depend on one another.
-        ridge = weight_decay + 10 * epsilon * float(self.matrix.trace())
-        self.matrix.diagonal().add_(ridge)
-        self.factor = torch.linalg.cholesky(self.matrix)
+        scaled.diagonal().add_(10 * epsilon * len(scaled))
+        self.factor = torch.linalg.cholesky(scaled)
         self.known = known
 
     def __call__(self, r: Tensor) -> Tensor:
@@ -62,11 +71,23 @@ class Preconditioner:
 
     def curvature(self, d: Tensor) -> float:
         """The curvature dᵀA d to expect along a direction d, (K, P)."""
-        return dot(d, d @ self.matrix)
+        if self.mean is None:
+            return dot(d, d @ self.matrix)
+        W, b = d[:, :-1], d[:, -1]
+        at_mean = b + W @ self.mean
+        return dot(W, W @ self.matrix) + self.of_bias * dot(at_mean, at_mean)
 
     def solve(self, r: Tensor) -> Tensor:
         """A⁻¹ r, with the same symmetric matrix for each class, a row of r."""
-        return torch.cholesky_solve(r.t(), self.factor).t()
+        if self.mean is None:
+            return self._solve_weight(r)
+        r_W, r_b = r[:, :-1], r[:, -1:]
+        W = self._solve_weight(r_W - r_b * self.mean)
+        return torch.cat([W, r_b / self.of_bias - (W @ self.mean).unsqueeze(1)], 1)
+
+    def _solve_weight(self, r: Tensor) -> Tensor:
+        """M⁻¹ r."""
+        return torch.cholesky_solve((r * self.scale).t(), self.factor).t() * self.scale
 
 
 class Solution(NamedTuple):
@@ -77,30 +98,46 @@ class Solution(NamedTuple):
     products: int
 
 
+class Accuracy(NamedTuple):
+    """How far a system H u = −∇f is solved: to either of these."""
+
+    relative: float  # rᵀA⁻¹r of the residual r = H u + ∇f, to that of ∇f; √ of both
+    absolute: float  # ‖r‖₂
+
+
 def solve(
-    hessian: Callable[[Tensor], Tensor], gradient: Tensor, precondition: Preconditioner, stop: float
+    hessian: Callable[[Tensor], Tensor],
+    gradient: Tensor,
+    precondition: Preconditioner,
+    accuracy: Accuracy,
 ) -> Solution:
-    """Conjugate gradients for H u = −∇f, until the residual's norm is at most `stop`."""
+    """Conjugate gradients for H u = −∇f."""
     u, residual = torch.zeros_like(gradient), gradient.clone()
     z = precondition(residual)
     d, size = -z, dot(residual, z)
+    enough = accuracy.relative**2 * size
+    # Along a direction of less than this part of the curvature expected, as where S is one-hot for
+    # all examples, rounding hides what there is: a solution would lie beyond all meaning.
+    flat = math.sqrt(torch.finfo(gradient.dtype).eps)
     known: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MAX_DIRECTIONS)
     products = 0
     while products < _MAX_PRODUCTS:
         Hd = hessian(d)
         products += 1
         curvature = dot(d, Hd)
-        if not curvature > _FLAT * precondition.curvature(d):
+        if not curvature > flat * precondition.curvature(d):
             if products == 1:
                 u = d
             break
         known.append((d.flatten() / math.sqrt(curvature), Hd.flatten() / math.sqrt(curvature)))
         u.add_(d, alpha=size / curvature)
         residual.add_(Hd, alpha=size / curvature)
-        if float(residual.norm()) <= stop:
+        if float(residual.norm()) <= accuracy.absolute:
             break
         z = precondition(residual)
         previous, size = size, dot(residual, z)
+        if not size > enough:
+            break
         d = d * (size / previous) - z
     if not known:
         return Solution(u, None, products)

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from tests.helpers import ROOT, one_line
+from tests.mnist.files import write_mnist
+from torch_softmax.__main__ import main
+from torch_softmax.mnist import checkpoints
 from torch_softmax.mnist.checkpoints import Checkpoint, save_checkpoint
 from torch_softmax.mnist.commands import evaluate
 from torch_softmax.mnist.data import batch_loader, load_dataset
@@ -48,7 +51,7 @@ def never_8(trained, tmp_path):
 
 
 def run(run_dir, *arguments):
-    return evaluate.main([f"--checkpoint={run_dir}", *arguments])
+    return main(["evaluate", str(run_dir), *arguments])
 
 
 def run_json(capsys, run_dir, *arguments):
@@ -143,7 +146,7 @@ def test_columns_stay_in_line_where_a_number_is_undefined(never_8, capsys):
 
 
 def test_as_a_command_of_its_own(run_dir):
-    command = [sys.executable, ROOT / "scripts" / "evaluate.py", "--checkpoint", run_dir]
+    command = [sys.executable, ROOT / "scripts" / "evaluate.py", run_dir]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"{run_dir} on the 355 test images of digits\n")
     assert done.stderr == ""
@@ -155,10 +158,10 @@ def test_as_a_command_of_its_own(run_dir):
 def test_a_data_set_of_another_size(run_dir, monkeypatch, capsys, digits):
     wide = digits.test.images.repeat(1, 2)
     other = replace_images(digits, wide)
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: other)
+    monkeypatch.setattr(checkpoints, "load_dataset", lambda *_: other)
     assert run(run_dir, "--dataset=mnist") == 1
     assert one_line(capsys) == (
-        "evaluate.py: the checkpoint is of a model for 64 pixels, but mnist has 128"
+        "torch-softmax evaluate: the checkpoint is of a model for 64 pixels, but mnist has 128"
     )
 
 
@@ -168,25 +171,34 @@ def replace_images(data, images):
     return data._replace(name="mnist", train=part, test=part)
 
 
+def test_the_data_are_where_the_run_had_them(tmp_path, monkeypatch, capsys):
+    write_mnist(tmp_path / "lent" / "MNIST" / "raw", test_size=7)
+    data = load_dataset("mnist", tmp_path / "lent")
+    save_checkpoint(tmp_path / "model.pt", Checkpoint.start(DEFAULTS["mnist"], data))
+    monkeypatch.chdir(tmp_path)
+    assert run_json(capsys, tmp_path)["images"] == 7
+
+
 def test_no_data(run_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torchvision.datasets.KMNIST.mirrors", ["http://127.0.0.1:1/"])
     assert run(run_dir, "--dataset=kmnist", f"--data-dir={tmp_path}") == 1
-    assert one_line(capsys).startswith("evaluate.py: KMNIST is not in ")
+    assert one_line(capsys).startswith("torch-softmax evaluate: KMNIST is not in ")
 
 
 def test_no_checkpoint(tmp_path, capsys):
     assert run(tmp_path / "nowhere.pt") == 1
-    assert one_line(capsys).startswith(f"evaluate.py: {tmp_path / 'nowhere.pt'} can't be read")
+    told = f"torch-softmax evaluate: {tmp_path / 'nowhere.pt'} can't be read"
+    assert one_line(capsys).startswith(told)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: --checkpoint"),
-        (["--checkpoint=x", "--dataset=cifar"], "argument --dataset: invalid choice: 'cifar'"),
+        ([], "the following arguments are required: RUN_DIR"),
+        (["x", "--dataset=cifar"], "argument --dataset: invalid choice: 'cifar'"),
     ],
 )
 def test_a_bad_argument(capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
-        evaluate.main(arguments)
-    assert one_line(capsys).startswith(f"evaluate.py: {message}")
+        main(["evaluate", *arguments])
+    assert one_line(capsys).startswith(f"torch-softmax evaluate: {message}")

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tests.helpers import one_line
+from torch_softmax.__main__ import main
 from torch_softmax.mnist.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from torch_softmax.mnist.commands import export
+from torch_softmax.mnist.commands._parsers import EXPORT_FORMATS
 from torch_softmax.mnist.data import load_dataset
 from torch_softmax.mnist.settings import Settings
 
@@ -26,7 +28,7 @@ def exported(request, checkpoint):
     for module in export.FORMATS[request.param].modules:
         pytest.importorskip(module)
     output = checkpoint.with_suffix(f".{request.param}")
-    assert export.main([f"--checkpoint={checkpoint}", f"--format={request.param}"]) == 0
+    assert main(["export", str(checkpoint), f"--format={request.param}"]) == 0
     return output
 
 
@@ -39,14 +41,14 @@ def test_the_exported_file_gives_the_probabilities(exported, checkpoint, batch_s
 
 
 def test_the_exported_program_is_of_torch_operators_alone(checkpoint, tmp_path):
-    export.main([f"--checkpoint={checkpoint}", f"--output={tmp_path / 'a.pt2'}"])
+    main(["export", str(checkpoint), f"--output={tmp_path / 'a.pt2'}"])
     nodes = torch.export.load(tmp_path / "a.pt2").graph.nodes
     calls = [str(node.target) for node in nodes if node.op not in ("placeholder", "output")]
     assert calls == ["aten.linear.default", "aten.softmax.int"]
 
 
 def test_an_exported_pt2_tells_what_it_is(checkpoint, tmp_path):
-    export.main([f"--checkpoint={checkpoint}", f"--output={tmp_path / 'a.pt2'}"])
+    main(["export", str(checkpoint), f"--output={tmp_path / 'a.pt2'}"])
     extra_files = {"description.json": ""}
     torch.export.load(tmp_path / "a.pt2", extra_files=extra_files)
     description = json.loads(extra_files["description.json"])
@@ -58,7 +60,7 @@ def test_an_exported_pt2_tells_what_it_is(checkpoint, tmp_path):
 def test_an_exported_onnx_tells_what_it_is(checkpoint, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    export.main([f"--checkpoint={checkpoint}", f"--output={tmp_path / 'a.onnx'}"])
+    main(["export", str(checkpoint), f"--output={tmp_path / 'a.onnx'}"])
     written = onnx.load(tmp_path / "a.onnx")
     assert {entry.key: entry.value for entry in written.metadata_props}["dataset"] == "digits"
     assert [value.name for value in written.graph.input] == ["pixels"]
@@ -66,7 +68,7 @@ def test_an_exported_onnx_tells_what_it_is(checkpoint, tmp_path):
 
 
 def test_one_line_tells_where_the_exported_file_is(checkpoint, tmp_path, capsys):
-    export.main([f"--checkpoint={checkpoint}", f"--output={tmp_path / 'a.pt2'}"])
+    main(["export", str(checkpoint), f"--output={tmp_path / 'a.pt2'}"])
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"saved {tmp_path / 'a.pt2'}; read back, its probabilities differ by at")
 
@@ -94,7 +96,7 @@ def test_the_output_is_given_or_lies_beside_the_checkpoint(
 
 @pytest.mark.parametrize("error", [0.5, float("nan")])
 def test_an_exported_file_with_other_probabilities_is_not_written(
-    checkpoint, tmp_path, monkeypatch, error
+    checkpoint, tmp_path, monkeypatch, capsys, error
 ):
     output = tmp_path / "a.pt2"
     output.write_text("old")
@@ -105,8 +107,10 @@ def test_an_exported_file_with_other_probabilities_is_not_written(
         return lambda pixels: predict(pixels) + error * (len(pixels) == 1)
 
     monkeypatch.setitem(export.FORMATS, "pt2", right._replace(read=read_wrong))
-    with pytest.raises(SystemExit, match=r"probabilities differ by .* nothing was written"):
-        export.main([f"--checkpoint={checkpoint}", f"--output={output}"])
+    assert main(["export", str(checkpoint), f"--output={output}"]) == 1
+    line = one_line(capsys)
+    assert line.startswith("torch-softmax export: probabilities differ by ")
+    assert line.endswith(" nothing was written")
     assert output.read_text() == "old"
 
 
@@ -120,23 +124,29 @@ def test_an_exported_file_with_other_probabilities_is_not_written(
 )
 def test_a_bad_option_is_one_line(checkpoint, capsys, options, message):
     with pytest.raises(SystemExit, match="2"):
-        export.main([f"--checkpoint={checkpoint}", *options])
-    assert one_line(capsys).startswith(f"export.py: {message}")
+        main(["export", str(checkpoint), *options])
+    assert one_line(capsys).startswith(f"torch-softmax export: {message}")
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
-    assert export.main([f"--checkpoint={tmp_path / 'none.pt'}"]) == 1
+    assert main(["export", str(tmp_path / "none.pt")]) == 1
     assert "No such file or directory" in one_line(capsys)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_to_export_to_that_is_not_there(checkpoint, tmp_path, capsys):
     output = tmp_path / "none" / "a.pt2"
-    assert export.main([f"--checkpoint={checkpoint}", f"--output={output}"]) == 1
-    assert one_line(capsys).startswith(f"export.py: {output} can't be written: No such file")
+    assert main(["export", str(checkpoint), f"--output={output}"]) == 1
+    assert one_line(capsys).startswith(
+        f"torch-softmax export: {output} can't be written: No such file"
+    )
 
 
-def test_without_onnx_the_extra_is_named(checkpoint, monkeypatch):
+def test_without_onnx_the_extra_is_named(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r'pip install "torch_softmax\[onnx\]"'):
-        export.main([f"--checkpoint={checkpoint}", "--format=onnx"])
+    assert main(["export", str(checkpoint), "--format=onnx"]) == 1
+    assert one_line(capsys).endswith('pip install "torch_softmax[onnx]"')
+
+
+def test_the_formats_are_those_of_the_help():
+    assert tuple(export.FORMATS) == EXPORT_FORMATS

@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.helpers import one_line, texts
+from tests.mnist.files import write_mnist
 from torch_softmax import SoftmaxRegression, _figures
+from torch_softmax.__main__ import main
 from torch_softmax.mnist.checkpoints import Checkpoint, save_checkpoint
-from torch_softmax.mnist.commands import _page, plot
+from torch_softmax.mnist.commands import _page
 from torch_softmax.mnist.data import ImageDataset, load_dataset
 from torch_softmax.mnist.settings import Settings
 
@@ -49,7 +51,7 @@ def page():
 
 
 def test_the_report_is_one_page_of_a4_at_300_dots_an_inch(run_dir, capsys):
-    assert plot.main([str(run_dir)]) == 0
+    assert main(["plot", str(run_dir)]) == 0
     assert capsys.readouterr().out == f"saved {run_dir / 'report.png'}\n"
     with Image.open(run_dir / "report.png") as image:
         assert image.size == pytest.approx((210 / 25.4 * 300, 297 / 25.4 * 300), abs=1)
@@ -163,34 +165,42 @@ def test_a_classifier_without_a_mistake_has_a_page(tmp_path):
 @pytest.mark.parametrize("ending", ["pdf", "svg"])
 def test_the_ending_decides_the_format(run_dir, empty_page, ending):
     output = run_dir / f"page.{ending}"
-    assert plot.main([str(run_dir), f"--output={output}"]) == 0
+    assert main(["plot", str(run_dir), f"--output={output}"]) == 0
     assert output.read_bytes().startswith({"pdf": b"%PDF", "svg": b"<?xml"}[ending])
 
 
 @pytest.mark.parametrize("given", ["", "model.pt"])
 def test_a_run_is_its_directory_or_its_checkpoint(run_dir, empty_page, given):
-    assert plot.main([str(run_dir / given)]) == 0
+    assert main(["plot", str(run_dir / given)]) == 0
     assert (run_dir / "report.png").exists()
+
+
+def test_the_data_are_where_the_run_had_them(tmp_path, monkeypatch, empty_page):
+    write_mnist(tmp_path / "lent" / "MNIST" / "raw")
+    data = load_dataset("mnist", tmp_path / "lent")
+    save_checkpoint(tmp_path / "model.pt", Checkpoint.start(Settings(epochs=5), data))
+    monkeypatch.chdir(tmp_path)
+    assert main(["plot", str(tmp_path)]) == 0
 
 
 # Bad input
 
 
 def test_a_run_that_is_not_there(tmp_path, capsys):
-    assert plot.main([str(tmp_path / "none")]) == 1
+    assert main(["plot", str(tmp_path / "none")]) == 1
     assert "No such file or directory" in one_line(capsys)
 
 
 def test_a_run_must_be_named(capsys):
     with pytest.raises(SystemExit, match="2"):
-        plot.main([])
+        main(["plot"])
     assert "RUN_DIR" in one_line(capsys)
 
 
 def test_a_run_whose_data_are_not_to_be_had(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:1/"])
     save_checkpoint(tmp_path / "model.pt", checkpoint("mnist"))
-    assert plot.main([str(tmp_path), f"--data-dir={tmp_path}"]) == 1
+    assert main(["plot", str(tmp_path), f"--data-dir={tmp_path}"]) == 1
     assert "MNIST" in one_line(capsys)
     assert not (tmp_path / "report.png").exists()
 
@@ -198,18 +208,20 @@ def test_a_run_whose_data_are_not_to_be_had(tmp_path, monkeypatch, capsys):
 def test_an_unknown_ending_leaves_the_old_report(run_dir, empty_page, capsys):
     (run_dir / "report.txt").write_text("old")
     with pytest.raises(SystemExit, match="2"):
-        plot.main([str(run_dir), f"--output={run_dir / 'report.txt'}"])
-    assert one_line(capsys).startswith("plot.py: Format 'txt' is not supported")
+        main(["plot", str(run_dir), f"--output={run_dir / 'report.txt'}"])
+    assert one_line(capsys).startswith("torch-softmax plot: Format 'txt' is not supported")
     assert (run_dir / "report.txt").read_text() == "old"
 
 
 def test_a_folder_for_the_output_that_is_not_there(run_dir, empty_page, capsys):
     output = run_dir / "none" / "report.png"
-    assert plot.main([str(run_dir), f"--output={output}"]) == 1
-    assert one_line(capsys).startswith(f"plot.py: {output} can't be written: No such file")
+    assert main(["plot", str(run_dir), f"--output={output}"]) == 1
+    assert one_line(capsys).startswith(
+        f"torch-softmax plot: {output} can't be written: No such file"
+    )
 
 
 def test_without_matplotlib_the_extra_is_named(run_dir, monkeypatch):
     monkeypatch.setattr(_figures, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r'pip install "torch_softmax\[plot\]"'):
-        plot.main([str(run_dir)])
+        main(["plot", str(run_dir)])

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.nn.functional import interpolate, pad
 
 from tests.helpers import ROOT, one_line
+from torch_softmax.__main__ import main
 from torch_softmax.mnist.checkpoints import save_checkpoint
 from torch_softmax.mnist.commands import predict
 
@@ -52,7 +53,7 @@ def scans(digits, tmp_path):
 
 
 def run(run_dir, *arguments):
-    return predict.main([f"--checkpoint={run_dir}", *map(str, arguments)])
+    return main(["predict", str(run_dir), *map(str, arguments)])
 
 
 def results(capsys):
@@ -158,7 +159,7 @@ def test_a_run_directory_or_its_checkpoint(run_dir, seven, capsys):
 
 
 def test_as_a_command_of_its_own(run_dir, seven):
-    command = [sys.executable, ROOT / "scripts" / "predict.py", "--checkpoint", run_dir, seven]
+    command = [sys.executable, ROOT / "scripts" / "predict.py", run_dir, seven]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"{seven}: 7\n")
     assert done.stderr == ""
@@ -192,7 +193,7 @@ def test_a_line_and_a_status_for_what_is_no_picture(
 ):
     path = tmp_path / name
     assert run(run_dir, path) == status
-    assert one_line(capsys) == f"predict.py: {unusable[path].format(path=path)}"
+    assert one_line(capsys) == f"torch-softmax predict: {unusable[path].format(path=path)}"
 
 
 def test_the_other_pictures_are_told_all_the_same(run_dir, unusable, seven, capsys):
@@ -217,35 +218,36 @@ def test_a_damaged_picture_in_a_folder_is_told(run_dir, scans, capsys):
     assert run(run_dir, folder) == 1
     out, err = capsys.readouterr()
     assert len([line for line in out.splitlines() if str(folder) in line]) == 4
-    assert err == f"predict.py: {folder / 'd.bmp'} is no image, or is damaged\n"
+    assert err == f"torch-softmax predict: {folder / 'd.bmp'} is no image, or is damaged\n"
 
 
 def test_a_folder_without_pictures(run_dir, tmp_path, capsys):
     assert run(run_dir, tmp_path) == 1
-    assert one_line(capsys) == f"predict.py: {tmp_path} holds no image"
+    assert one_line(capsys) == f"torch-softmax predict: {tmp_path} holds no image"
 
 
 def test_no_checkpoint(tmp_path, seven, capsys):
     assert run(tmp_path / "nowhere.pt", seven) == 1
-    assert one_line(capsys).startswith(f"predict.py: {tmp_path / 'nowhere.pt'} can't be read")
+    told = f"torch-softmax predict: {tmp_path / 'nowhere.pt'} can't be read"
+    assert one_line(capsys).startswith(told)
 
 
 def test_a_checkpoint_of_another_size(trained, tmp_path, seven, capsys):
     save_checkpoint(tmp_path / "model.pt", replace(trained, dataset="mnist"))
     assert run(tmp_path, seven) == 1
     assert one_line(capsys) == (
-        "predict.py: the checkpoint is of a model for 64 pixels, but mnist has 784"
+        "torch-softmax predict: the checkpoint is of a model for 64 pixels, but mnist has 784"
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint=model.pt"], "the following arguments are required: IMAGE"),
-        (["image.png"], "the following arguments are required: --checkpoint"),
+        (["model.pt"], "the following arguments are required: IMAGE"),
+        ([], "the following arguments are required: RUN_DIR, IMAGE"),
     ],
 )
 def test_a_missing_argument(capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
-        predict.main(arguments)
-    assert one_line(capsys) == f"predict.py: {message}"
+        main(["predict", *arguments])
+    assert one_line(capsys) == f"torch-softmax predict: {message}"

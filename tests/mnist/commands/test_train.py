@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from tests.helpers import ROOT, one_line
+from tests.mnist.files import write_mnist
 from torch_softmax import SoftmaxRegression
-from torch_softmax.mnist import training
+from torch_softmax.__main__ import main
+from torch_softmax.mnist import checkpoints, training
 from torch_softmax.mnist.checkpoints import load_checkpoint
 from torch_softmax.mnist.commands import _runs
 from torch_softmax.mnist.commands import train as train_mnist
@@ -25,8 +27,9 @@ SCRIPT = ROOT / "train_mnist.py"
 
 def train(output_dir, *options, dataset="digits", epochs=2):
     """Run the command in this process, and return its exit status."""
-    return train_mnist.main(
+    return main(
         [
+            "train",
             f"--dataset={dataset}",
             f"--epochs={epochs}",
             f"--output-dir={output_dir}",
@@ -37,7 +40,7 @@ def train(output_dir, *options, dataset="digits", epochs=2):
 
 def resume(output_dir, *options):
     """Go on with a run, and return the exit status."""
-    return train_mnist.main([f"--resume={output_dir}", *options])
+    return main(["resume", str(output_dir), *options])
 
 
 def results(output_dir):
@@ -59,7 +62,7 @@ def contents(output_dir):
 def run_dir(tmp_path_factory):
     """The result of a run with the digits' defaults."""
     output_dir = tmp_path_factory.mktemp("run")
-    assert train_mnist.main(["--dataset=digits", f"--output-dir={output_dir}"]) == 0
+    assert main(["train", "--dataset=digits", f"--output-dir={output_dir}"]) == 0
     return output_dir
 
 
@@ -113,18 +116,10 @@ def test_a_line_an_epoch_and_a_summary(tmp_path, capsys):
     train(tmp_path, epochs=3)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
-    accuracy = results(tmp_path)[0]["test_accuracy"]
+    metrics = results(tmp_path)[0]
+    assert f"  train accuracy {metrics['epochs'][-1]['accuracy']:.2%}  " in lines[-3]
+    accuracy = metrics["test_accuracy"]
     assert lines[-2].startswith(f"test accuracy {accuracy:.2%}, test loss ")
-
-
-def test_the_help_ends_with_an_example_that_can_be_typed(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        train_mnist.main(["--help"])
-    *_, title, example = capsys.readouterr().out.splitlines()
-    assert title == "example:"
-    python, command, *options = shlex.split(example)
-    assert (python, command) == ("python", "train_mnist.py")
-    train_mnist.build_parser().parse_args(options)
 
 
 def test_no_bar_without_a_terminal(tmp_path):
@@ -139,7 +134,7 @@ def test_no_bar_without_a_terminal(tmp_path):
 def test_a_run_directory_of_its_own_for_each_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        assert train_mnist.main(["--dataset=digits", "--epochs=1"]) == 0
+        assert main(["train", "--dataset=digits", "--epochs=1"]) == 0
     runs = list((tmp_path / "runs").glob("digits-20*"))
     assert len(runs) == 2
     assert all((run / "model.pt").exists() and (run / "metrics.json").exists() for run in runs)
@@ -191,8 +186,8 @@ def test_a_bad_option_is_one_line_and_nothing_is_written(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
-        train_mnist.main([f"--output-dir={tmp_path / 'run'}", option])
-    assert one_line(capsys).startswith(f"train_mnist.py: {message}")
+        main(["train", f"--output-dir={tmp_path / 'run'}", option])
+    assert message in one_line(capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,7 +196,7 @@ def test_an_output_directory_that_cannot_be(tmp_path, monkeypatch, capsys, name)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(_runs, "load_dataset", pytest.fail)
     assert train(tmp_path / name) == 1
-    assert one_line(capsys).startswith(f"train_mnist.py: {tmp_path / name} can't be written: ")
+    assert one_line(capsys).startswith(f"torch-softmax train: {tmp_path / name} can't be written: ")
 
 
 def test_a_broken_data_file(tmp_path, capsys):
@@ -217,7 +212,7 @@ def test_a_directory_that_holds_a_run_is_left_alone(tmp_path, capsys):
     before = contents(tmp_path)
     capsys.readouterr()
     assert train(tmp_path, "--seed=1") == 1
-    assert one_line(capsys).endswith(f"or go on with --resume {tmp_path}")
+    assert one_line(capsys).endswith(f"or go on with it: python -m torch_softmax resume {tmp_path}")
     assert contents(tmp_path) == before
 
 
@@ -243,7 +238,7 @@ def test_a_run_that_diverges_later_names_the_epoch_that_it_keeps(tmp_path, monke
 def test_an_interruption_before_the_training_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(_runs, "load_dataset", interrupt)
     assert train(tmp_path) == 130
-    assert one_line(capsys) == "train_mnist.py: interrupted"
+    assert one_line(capsys) == "torch-softmax train: interrupted"
 
 
 # Stopped, and gone on with
@@ -321,18 +316,44 @@ def test_a_run_may_be_interrupted_more_than_once(tmp_path, interrupt_in, never_s
     assert results(tmp_path) == never_stopped
 
 
+@pytest.fixture
+def lent(tmp_path, monkeypatch):
+    """A run that was interrupted, on data in a place of their own; nothing can be downloaded."""
+    write_mnist(tmp_path / "lent" / "MNIST" / "raw")
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:1/"])
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mnist, "evaluate", interrupt)
+        assert train(tmp_path / "run", "--data-dir=lent", dataset="mnist") == 130
+    return tmp_path / "run"
+
+
+def test_a_run_goes_on_with_the_data_that_it_had(lent):
+    assert resume(lent) == 0
+
+
+def test_a_run_goes_on_with_data_that_have_moved_and_knows_it_from_then_on(lent, tmp_path):
+    (tmp_path / "lent").rename(tmp_path / "moved")
+    assert resume(lent, "--data-dir=moved") == 0
+    assert resume(lent) == 0
+
+
+def test_a_run_whose_data_are_gone_says_so(lent, tmp_path, capsys):
+    (tmp_path / "lent").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert resume(lent) == 1
+    told = f"; the run had its data in {tmp_path / 'lent'}, where they are no longer"
+    assert one_line(capsys).endswith(told)
+
+
 def test_an_interruption_tells_how_to_go_on(tmp_path, interrupt_in, never_stopped, capsys):
     output_dir = tmp_path / "two words"
     interrupt_in(20)
-    assert train(output_dir, f"--data-dir={tmp_path}", "--device=cpu") == 130
-    said, command = one_line(capsys).split(" go on with: python train_mnist.py ")
-    assert said == "train_mnist.py: interrupted;"
-    assert shlex.split(command) == [
-        *("--resume", str(output_dir)),
-        *("--data-dir", str(tmp_path)),
-        *("--device", "cpu"),
-    ]
-    assert train_mnist.main(shlex.split(command)) == 0
+    assert train(output_dir, "--device=cpu") == 130
+    said, command = one_line(capsys).split(" go on with: python -m torch_softmax ")
+    assert said == "torch-softmax train: interrupted;"
+    assert shlex.split(command) == ["resume", str(output_dir), "--device", "cpu"]
+    assert main(shlex.split(command)) == 0
     assert results(output_dir) == never_stopped
 
 
@@ -374,7 +395,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(
     fail_in_save(save)
     assert train(tmp_path) == 1
     message = f"{tmp_path / 'model.pt'} can't be written: No space left on device"
-    assert one_line(capsys) == f"train_mnist.py: {message}"
+    assert one_line(capsys) == f"torch-softmax train: {message}"
     monkeypatch.undo()
     if save == 0:
         assert list(tmp_path.iterdir()) == []
@@ -400,22 +421,19 @@ def test_a_run_is_named_by_its_directory_or_its_checkpoint(tmp_path, interrupt_i
     assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "metrics.json"}
 
 
-def test_options_that_are_those_of_the_run_may_be_given(tmp_path, interrupt_in, never_stopped):
+def test_as_many_epochs_as_the_run_has_may_be_given(tmp_path, interrupt_in, never_stopped):
     interrupt_in(20)
     train(tmp_path)
-    assert resume(tmp_path, "--dataset=digits", "--epochs=2", "--lr=1.0", "--seed=0") == 0
+    assert resume(tmp_path, "--epochs=2") == 0
     assert results(tmp_path) == never_stopped
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--dataset=mnist", "dataset must be 'digits' as in the run so far, got 'mnist'"),
-        ("--epochs=3", "epochs must be 2 as in the run so far, got 3"),
-        ("--lr=0.5", "lr must be 1.0 as in the run so far, got 0.5"),
-        ("--seed=1", "seed must be 0 as in the run so far, got 1"),
-        ("--lr=-1", "lr must be 1.0 as in the run so far, got -1.0"),
-        ("--output-dir=x", "argument --output-dir: not allowed with argument --resume"),
+        ("--epochs=3", "torch-softmax resume: epochs must be 2 as in the run so far, got 3"),
+        ("--lr=0.5", "torch-softmax: unrecognized arguments: --lr=0.5"),
+        ("--dataset=mnist", "torch-softmax: unrecognized arguments: --dataset=mnist"),
     ],
 )
 def test_an_option_that_contradicts_the_run_is_refused(tmp_path, capsys, option, message):
@@ -424,7 +442,7 @@ def test_an_option_that_contradicts_the_run_is_refused(tmp_path, capsys, option,
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         resume(tmp_path, option)
-    assert one_line(capsys) == f"train_mnist.py: {message}"
+    assert one_line(capsys) == message
     assert contents(tmp_path) == before
 
 
@@ -445,7 +463,9 @@ def test_a_longer_run_has_no_metrics_of_the_shorter_one(tmp_path, interrupt_in):
 def test_a_run_that_is_not_there(tmp_path, capsys):
     assert resume(tmp_path / "none") == 1
     path = tmp_path / "none" / "model.pt"
-    assert one_line(capsys) == f"train_mnist.py: {path} can't be read: No such file or directory"
+    assert (
+        one_line(capsys) == f"torch-softmax resume: {path} can't be read: No such file or directory"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -486,10 +506,10 @@ def test_a_read_only_directory_is_found_before_the_training(
     capsys.readouterr()
     # A superuser may write anywhere, so that taking the permission away would not do.
     monkeypatch.setattr(_runs.tempfile, "TemporaryFile", read_only)
-    monkeypatch.setattr(_runs, "load_dataset", pytest.fail)
+    monkeypatch.setattr(checkpoints, "load_dataset", pytest.fail)
     assert resume(tmp_path) == 1
     assert one_line(capsys) == (
-        f"train_mnist.py: {tmp_path} can't be written: Read-only file system"
+        f"torch-softmax resume: {tmp_path} can't be written: Read-only file system"
     )
     assert contents(tmp_path) == before
 
@@ -497,11 +517,11 @@ def test_a_read_only_directory_is_found_before_the_training(
 @pytest.fixture
 def newton(tmp_path):
     """The arguments of a run by Newton's method."""
-    return ["--dataset", "digits", "--optimizer", "newton", "--output-dir", str(tmp_path)]
+    return ["train", "--dataset", "digits", "--optimizer", "newton", "--output-dir", str(tmp_path)]
 
 
 def test_newton_reaches_the_optimum_and_stops(newton, tmp_path, capsys):
-    assert train_mnist.main(newton) == 0
+    assert main(newton) == 0
     printed = capsys.readouterr()
     checkpoint = load_checkpoint(tmp_path)
     assert 3 < checkpoint.epoch < 20
@@ -512,7 +532,7 @@ def test_newton_reaches_the_optimum_and_stops(newton, tmp_path, capsys):
 
 
 def test_newton_that_runs_out_of_steps_says_so(newton, capsys):
-    assert train_mnist.main([*newton, "--epochs", "2"]) == 0
+    assert main([*newton, "--epochs", "2"]) == 0
     assert "not converged: the gradient's norm is" in capsys.readouterr().err
 
 
@@ -528,13 +548,13 @@ def test_newton_goes_on_to_the_same_optimum(newton, tmp_path, monkeypatch):
     minimize = train_mnist.newton.minimize
     with monkeypatch.context() as patched:
         patched.setattr(train_mnist.newton, "minimize", interrupted)
-        assert train_mnist.main(newton) == 130
+        assert main(newton) == 130
     stopped = load_checkpoint(tmp_path)
     assert stopped.epoch == 2
-    assert train_mnist.main(["--resume", str(tmp_path)]) == 0
+    assert resume(tmp_path) == 0
     resumed = load_checkpoint(tmp_path)
 
-    assert train_mnist.main([*newton[:-1], str(tmp_path / "whole")]) == 0
+    assert main([*newton[:-1], str(tmp_path / "whole")]) == 0
     whole = load_checkpoint(tmp_path / "whole")
     assert resumed.history[:2] == stopped.history
     assert resumed.history[-1]["loss"] == pytest.approx(whole.history[-1]["loss"], abs=1e-3)
@@ -543,7 +563,7 @@ def test_newton_goes_on_to_the_same_optimum(newton, tmp_path, monkeypatch):
 @pytest.mark.parametrize("option", ["--lr=1", "--batch-size=8", "--schedule=cosine"])
 def test_newton_refuses_what_it_has_no_use_for(newton, option, capsys):
     with pytest.raises(SystemExit) as exit:
-        train_mnist.main([*newton, option])
+        main([*newton, option])
     assert exit.value.code == 2
     name = option[2:].partition("=")[0].replace("-", "_")
     assert f"{name} must be left out for optimizer 'newton'" in capsys.readouterr().err

@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 
@@ -7,14 +9,15 @@ import torch
 from tests.distributed.world import World
 from tests.helpers import ROOT
 from torch_softmax import SoftmaxRegression
+from torch_softmax.__main__ import main
 from torch_softmax.distributed.data_parallel import Ranks, join_ranks
 from torch_softmax.mnist.checkpoints import load_checkpoint
-from torch_softmax.mnist.commands import train as train_mnist
-from torch_softmax.mnist.data import BatchIndices
+from torch_softmax.mnist.data import BatchIndices, DataError
 from torch_softmax.mnist.training import batch_update
 
 # 1,442 examples in batches of 67 leave a last one of 35, which two processes can't halve.
 SCRIPT = ROOT / "train_mnist.py"
+TORCHRUN = [*(sys.executable, "-m", "torch.distributed.run"), "--standalone", "--nproc-per-node=2"]
 OPTIONS = ["--dataset", "digits", "--epochs", "2", "--batch-size", "67", "--device", "cpu"]
 
 
@@ -22,16 +25,14 @@ OPTIONS = ["--dataset", "digits", "--epochs", "2", "--batch-size", "67", "--devi
 def two_processes(tmp_path_factory):
     """A run directory that torchrun's two processes have written, and what they have printed."""
     directory = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = [SCRIPT, *OPTIONS, "--output-dir", directory]
-    command = [*torchrun, "--nproc-per-node", "2", *script]
+    command = [*TORCHRUN, SCRIPT, *OPTIONS, "--output-dir", directory]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return directory, result.stdout
 
 
 def test_two_processes_train_the_weights_of_one(two_processes, tmp_path):
-    assert train_mnist.main([*OPTIONS, "--output-dir", str(tmp_path)]) == 0
+    assert main(["train", *OPTIONS, "--output-dir", str(tmp_path)]) == 0
     alone, together = load_checkpoint(tmp_path), load_checkpoint(two_processes[0])
     for name, weight in alone.model.items():
         torch.testing.assert_close(together.model[name], weight, rtol=0, atol=1e-6)
@@ -43,6 +44,61 @@ def test_only_the_first_process_reports(two_processes):
     assert printed.count("test accuracy") == 1
     assert printed.count("epoch 2/2") == 1
     assert sorted(path.name for path in directory.iterdir()) == ["metrics.json", "model.pt"]
+
+
+def lines_of_ours(printed):
+    """What the processes have printed, without what torchrun adds."""
+    return [line for line in printed.splitlines() if line.startswith("torch-softmax train: ")]
+
+
+def test_data_that_cannot_be_had_are_one_line_of_all_processes(tmp_path):
+    (tmp_path / "MNIST").write_text("in the way of the folder")
+    script = tmp_path / "train_mnist.py"
+    script.write_text(
+        "from torchvision.datasets import MNIST\n"
+        "MNIST.mirrors = ['http://127.0.0.1:1/']\n"
+        "from torch_softmax.__main__ import main\n"
+        "raise SystemExit(main())\n"
+    )
+    data = ["--dataset=mnist", f"--data-dir={tmp_path}", "--device=cpu"]
+    run = [*TORCHRUN, script, "train", *data, f"--output-dir={tmp_path / 'run'}"]
+    result = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    (line,) = lines_of_ours(result.stderr)
+    assert line.startswith(f"torch-softmax train: MNIST is not in {tmp_path / 'MNIST' / 'raw'}")
+    # The one traceback is torchrun's own, about processes that have ended.
+    assert result.stderr.count("Traceback") == 1
+    assert "DataNotFoundError" not in result.stderr
+
+
+def interrupted_under_torchrun(directory):
+    """What is on stderr after Ctrl-C in a terminal, which reaches torchrun and its processes."""
+    options = ["--dataset=digits", "--epochs=100000", "--schedule=constant", "--device=cpu"]
+    run = subprocess.Popen(
+        [*TORCHRUN, SCRIPT, *options, f"--output-dir={directory}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        for line in run.stdout:
+            if line.startswith("epoch"):
+                break
+        os.killpg(run.pid, signal.SIGINT)
+        return run.communicate(timeout=120)[1]
+    finally:
+        run.kill()
+
+
+def test_an_interruption_of_torchrun_tells_how_to_go_on_with_it(tmp_path):
+    directory = tmp_path / "run"
+    (line,) = lines_of_ours(interrupted_under_torchrun(directory))
+    assert line == (
+        "torch-softmax train: interrupted; go on with: torchrun --nproc-per-node 2 "
+        f"-m torch_softmax resume {directory} --device cpu"
+    )
+    assert load_checkpoint(directory).epoch > 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -123,6 +179,45 @@ def test_the_ranks_take_the_step_of_one_process(world, kind):
     for result in world.run(updated_on_rank, kind):
         for value, of_one in zip(result, expected, strict=True):
             torch.testing.assert_close(value, of_one, rtol=0, atol=1e-6)
+
+
+def failures_on_rank(mesh, context, failing):
+    """What a block raises that fails on some of the ranks, and whether this one did it."""
+    ranks = Ranks(mesh.get_rank(), mesh.size())
+    done = False
+    try:
+        with getattr(ranks, context)():
+            done = True
+            if ranks.rank in failing:
+                raise DataError(f"on rank {ranks.rank}")
+    except DataError as error:
+        return str(error), done
+    return None, done
+
+
+@pytest.mark.parametrize("context", ["together", "first_ahead"])
+def test_what_fails_on_one_rank_fails_on_all(world, context):
+    last = world.size - 1
+    results = world.run(failures_on_rank, context, [last])
+    assert results == [(f"on rank {last}", True)] * world.size
+
+
+def test_what_fails_on_the_first_rank_is_not_tried_on_the_others(world):
+    first, *others = world.run(failures_on_rank, "first_ahead", [0])
+    assert first == ("on rank 0", True)
+    assert set(others) == {("on rank 0", False)}
+
+
+@pytest.mark.parametrize("context", ["together", "first_ahead"])
+def test_each_rank_does_what_succeeds(world, context):
+    assert world.run(failures_on_rank, context, []) == [(None, True)] * world.size
+
+
+def test_one_rank_raises_its_own_error():
+    error = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError) as raised, Ranks().first_ahead():
+        raise error
+    assert raised.value is error
 
 
 def totals_on_rank(mesh):

@@ -356,14 +356,14 @@ def test_each_size_doubles_by_itself(monkeypatch, options, quick, sizes):
         growth, "measure", lambda problem, shapes, options: asked.extend(shapes) or []
     )
     list(growth.growth(options._replace(quick=quick)))
-    base = growth.BASE
+    base = growth.QUICK_BASE if quick else growth.BASE
     assert asked == [base] + [
         base._replace(**{size: getattr(base, size) * factor}) for size in sizes for factor in (2, 4)
     ]
 
 
 def test_growth_is_told_of_each_who_was_measured_throughout(monkeypatch, options):
-    shapes = growth.doubled(growth.BASE, "N")
+    shapes = growth.doubled(growth.QUICK_BASE, "N")
     rows = [
         *(row("growth", "ours", s, 2.0 * s.N, memory=70.0) for s in shapes),
         *(row("growth", "torch dense", s, 1.0 * s.N**2, memory=None) for s in shapes),
@@ -521,6 +521,14 @@ def test_an_interrupted_run_keeps_its_rows(output, monkeypatch, capsys):
     assert run(output, "--sections", "linear") == 130
     assert one_line(capsys) == "benchmark: interrupted"
     assert [row["name"] for row in table(output)] == ["first"]
+
+
+def test_nothing_is_written_unless_it_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(command.SECTIONS, "linear", lambda options: iter([row(name="first")]))
+    assert command.main(["--device=cpu", "--sections", "linear"]) == 0
+    assert "first" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_earlier_table_is_kept(output, capsys):

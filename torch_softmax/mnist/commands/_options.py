@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..sources import DATASETS
+from ..sources import DATASETS, DEFAULT_DATA_DIR
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -24,18 +24,28 @@ def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--data-dir",
         type=Path,
-        default=Path("data"),
+        default=DEFAULT_DATA_DIR,
         metavar="DIR",
         help="where data sets lie or are downloaded to (default: %(default)s)",
     )
 
 
-def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint, for `load_checkpoint`."""
+def add_run_data_dir_option(parser: argparse._ActionsContainer) -> None:
+    """Add --data-dir, which is None where it isn't given, as a run knows where its data were."""
     parser.add_argument(
-        "--checkpoint",
+        "--data-dir",
         type=Path,
-        required=True,
-        metavar="PATH",
-        help="a model.pt of train_mnist.py, or the run directory that holds it",
+        metavar="DIR",
+        help="where data sets lie or are downloaded to (default: where the run had them, or "
+        f"{DEFAULT_DATA_DIR})",
+    )
+
+
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """Add RUN_DIR, for `load_checkpoint` and `run_directory`."""
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        metavar="RUN_DIR",
+        help="the directory of a training run, or the model.pt in it",
     )

@@ -48,7 +48,9 @@ def new_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     check_given(given, ranks)  # before any data are loaded
     if args.output_dir is not None and ranks.is_first:
         check_unused(args.output_dir)
-    data = load(args.dataset, args.data_dir)
+    data = load_dataset(
+        args.dataset, args.data_dir, notify=lambda line: print(line, file=sys.stderr)
+    )
     is_newton = given.get("optimizer") == "newton"
     defaults = newton_defaults(len(data.train)) if is_newton else DEFAULTS[data.name]
     settings = replace(defaults, **given)
@@ -62,16 +64,15 @@ def new_run(args: argparse.Namespace, ranks: Ranks) -> Run:
 
 def resumed_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Go on with a run; what is given must not contradict it."""
-    directory = run_directory(args.resume)
+    directory = run_directory(args.run_dir)
     checkpoint = load_checkpoint(directory / CHECKPOINT_NAME)
-    if args.dataset not in ("auto", checkpoint.dataset):
-        raise ValueError(
-            f"dataset must be {checkpoint.dataset!r} as in the run so far, got {args.dataset!r}"
-        )
     checkpoint = checkpoint.with_settings(**given_settings(args))
     check_writable(directory)
-    data = load(checkpoint.dataset, args.data_dir)
-    checkpoint.check_fits(data)
+    data = checkpoint.load_data(args.data_dir)
+    if data.data_dir != checkpoint.data_dir:
+        checkpoint = replace(checkpoint, data_dir=data.data_dir)
+        if ranks.is_first:
+            save_checkpoint(directory / CHECKPOINT_NAME, checkpoint)
     print(
         f"going on with {directory} after epoch {checkpoint.epoch}"
         + (f" and {checkpoint.tally.batches} batches" if checkpoint.tally.batches else "")
@@ -96,18 +97,13 @@ def check_given(given: dict[str, Any], ranks: Ranks) -> None:
         raise ValueError(f"optimizer must be 'sgd' for {ranks.size} processes, got 'newton'")
 
 
-def load(dataset: str, data_dir: Path) -> TrainTest:
-    """Load a data set, with notes on stderr."""
-    return load_dataset(dataset, data_dir, notify=lambda line: print(line, file=sys.stderr))
-
-
 def check_unused(directory: Path) -> None:
     """Raise unless a run can begin in a directory without a loss to another."""
     check_writable(directory)
     if any((directory / name).exists() for name in (CHECKPOINT_NAME, METRICS_NAME)):
         raise FileExistsError(
             f"output-dir {directory} holds a run already: name another directory, "
-            f"or go on with --resume {shlex.quote(str(directory))}"
+            f"or go on with it: python -m torch_softmax resume {shlex.quote(str(directory))}"
         )
 
 

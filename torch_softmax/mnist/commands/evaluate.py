@@ -1,7 +1,7 @@
 """Test a trained classifier: how often it is right, class by class, and whether it knows it.
 
-    python scripts/evaluate.py --checkpoint runs/short
-    python scripts/evaluate.py --checkpoint runs/short --dataset kmnist --json > evaluation.json
+    torch-softmax evaluate runs/short
+    torch-softmax evaluate runs/short --dataset kmnist --json > evaluation.json
 
 Each number comes with a 95 % interval: what it could be on other examples of the same kind, for
 this classifier. A number without meaning, such as the precision of a class that was never
@@ -11,21 +11,19 @@ predicted, is `undefined`, and null in JSON.
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..._command_line import Parser, run_command
 from ...functional import cross_entropy, softmax
 from ...modules import SoftmaxRegression
 from .. import metrics
 from ..checkpoints import load_checkpoint
-from ..data import ImageDataset, load_dataset
+from ..data import ImageDataset
 from ..metrics import CALIBRATION_BINS, RESAMPLES, Estimate
-from ..sources import DATASETS, NUM_CLASSES
-from ._options import add_checkpoint_option, add_data_dir_option
+from ..sources import NUM_CLASSES
 
 RATES = {"precision": metrics.precision, "recall": metrics.recall, "F1": metrics.f1_score}
 METHODS = {
@@ -48,44 +46,17 @@ class Evaluation:
     by_class: dict[str, Estimate]
 
 
-def build_parser() -> Parser:
-    """The options, with their help."""
-    parser = Parser(
-        prog="evaluate.py",
-        description="Test a trained classifier: accuracy, loss, calibration, and of each class\n"
-        "precision, recall and F1, with 95% intervals.",
-        example="python scripts/evaluate.py --checkpoint runs/short",
-    )
-    add_checkpoint_option(parser)
-    parser.add_argument(
-        "--dataset",
-        choices=DATASETS[1:],
-        help="whose test images to take (default: those of the data set it was trained on)",
-    )
-    add_data_dir_option(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_command(parser, lambda: run(args))
-
-
 def run(args: argparse.Namespace) -> None:
     """Load the classifier and the data, and print the result."""
-    checkpoint = load_checkpoint(args.checkpoint)
-    data = load_dataset(args.dataset or checkpoint.dataset, args.data_dir)
-    checkpoint.check_fits(data)
+    checkpoint = load_checkpoint(args.run_dir)
+    data = checkpoint.load_data(args.data_dir, args.dataset)
     evaluation = evaluate(checkpoint.build_model(), data.test)
-    heading = {"checkpoint": str(args.checkpoint), "dataset": data.name, "images": len(data.test)}
+    heading = {"checkpoint": str(args.run_dir), "dataset": data.name, "images": len(data.test)}
     if args.json:
         # Python would write nan, which is not JSON.
         print(json.dumps(heading | to_json(evaluation), indent=2, allow_nan=False))
     else:
-        print(f"{args.checkpoint} on the {len(data.test):,} test images of {data.name}\n")
+        print(f"{args.run_dir} on the {len(data.test):,} test images of {data.name}\n")
         print("\n".join(table(evaluation)))
 
 

@@ -1,7 +1,7 @@
 """Export a trained classifier for use without this package, by torch.export or as ONNX.
 
-    python scripts/export.py --checkpoint runs/short                  # runs/short/model.pt2
-    python scripts/export.py --checkpoint runs/short --format onnx    # runs/short/model.onnx
+    torch-softmax export runs/short                  # runs/short/model.pt2
+    torch-softmax export runs/short --format onnx    # runs/short/model.onnx
 
 Both take `pixels` and return `probabilities`, for any batch size. In torch:
 
@@ -15,8 +15,7 @@ description.json, in ONNX as metadata.
 import argparse
 import io
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import SoftmaxRegression
-from ..._command_line import Parser, run_command
 from ..._files import write_atomically
+from ..._values import UserError
 from ..checkpoints import CHECKPOINT_NAME, load_checkpoint
-from ._options import add_checkpoint_option
 
 DYNAMIC = {"pixels": {0: torch.export.Dim("batch")}}
 BATCH_SIZES = (1, 2, 1000)  # to compare on
@@ -121,55 +119,20 @@ FORMATS = {
 }
 
 
-def build_parser() -> Parser:
-    """The options, with their help."""
-    parser = Parser(
-        prog="export.py",
-        description="Export a trained classifier for use without this package. It takes pixels, "
-        "float32 of shape (batch, D) from 0 to 1, and returns probabilities, float32 of shape "
-        "(batch, classes), for any batch size.",
-        example="python scripts/export.py --checkpoint runs/short --output digits.pt2",
-    )
-    add_checkpoint_option(parser)
-    parser.add_argument(
-        "--format",
-        choices=tuple(FORMATS),
-        help="pt2 is for torch.export.load; onnx needs the extra [onnx] "
-        "(default: what --output ends in, else pt2)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="where it goes, replacing any that is there (default: beside the checkpoint)",
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_command(parser, lambda: export(args))
-
-
-def export(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Export, read back, compare, and only then write."""
-    output = choose_output(args.checkpoint, args.format, args.output)
+    output = choose_output(args.run_dir, args.format, args.output)
     chosen = FORMATS[output.suffix[1:]]
     if not all(map(find_spec, chosen.modules)):
-        sys.exit(
-            f'export.py: needs {" and ".join(chosen.modules)}: pip install "torch_softmax[onnx]"'
-        )
-    checkpoint = load_checkpoint(args.checkpoint)
+        needed = " and ".join(chosen.modules)
+        raise UserError(f'needs {needed}: pip install "torch_softmax[onnx]"')
+    checkpoint = load_checkpoint(args.run_dir)
     model = checkpoint.build_model().requires_grad_(False)
     classifier = Classifier(model).eval()
     content = chosen.write(classifier, classifier.describe(checkpoint.dataset))
     error = largest_error(model, chosen.read(content))
     if not error <= TOLERANCE:
-        sys.exit(
-            f"export.py: probabilities differ by {error:.1e} once read back; nothing was written"
-        )
+        raise UserError(f"probabilities differ by {error:.1e} once read back; nothing was written")
     write_atomically(output, content)
     print(f"saved {output}; read back, its probabilities differ by at most {error:.1e}")
 

@@ -1,7 +1,7 @@
 """Tell what is drawn in pictures: a character or a row of them each, as PNG, JPEG or the like.
 
-    python scripts/predict.py --checkpoint runs/short photo.jpg scans/
-    python scripts/predict.py --checkpoint runs/short --json scans/ > predictions.json
+    torch-softmax predict runs/short photo.jpg scans/
+    torch-softmax predict runs/short --json scans/ > predictions.json
 
 A picture may have any size and colours, dark ink on light or light ink on dark. It is cropped,
 scaled and centred as the images were that the classifier was trained on (see `mnist.frames`).
@@ -26,53 +26,23 @@ import torch
 from tqdm import tqdm
 
 from ... import SoftmaxRegression
-from ..._command_line import Parser, run_command
 from ..characters import NoCharacterError
 from ..checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from ..frames import FRAMES, Frame, normalize
 from ..images import FORMATS, ImageError, read_image
-from ._options import add_checkpoint_option
 
 WIDTH = 56  # columns of a bar for 100 %
 SHOWN = 0.01  # the least probability that has a bar of its own
 UNREADABLE, NO_CHARACTER = 1, 3  # exit statuses; 2 is that of bad options
 
 
-def build_parser() -> Parser:
-    """The options, with their help."""
-    parser = Parser(
-        prog="predict.py",
-        description="Tell what is drawn in pictures, from left to right, and how sure that is.",
-        example="python scripts/predict.py --checkpoint runs/short photo.jpg scans/",
-    )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE",
-        help="a picture, or a folder: then each picture in it, in order of name",
-    )
-    add_checkpoint_option(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON array of all results instead"
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_command(parser, lambda: predict(args))
-
-
-def predict(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print what each picture shows, and return the exit status."""
     if "OMP_NUM_THREADS" not in os.environ:
         # A picture is too little work to share: where another process holds a core, waiting for
         # the second thread takes twenty times as long as the work.
         torch.set_num_threads(1)
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(args.run_dir)
     model, frame = checkpoint.build_model(), frame_of(checkpoint)
     results: list[dict[str, Any]] = []
     statuses = {0}
@@ -84,7 +54,7 @@ def predict(args: argparse.Namespace) -> int:
         except ImageError as error:
             is_read = isinstance(error, NoCharacterError)
             line = f"{path}: {error}" if is_read else str(error)
-            tqdm.write(f"predict.py: {line}", file=sys.stderr)
+            tqdm.write(f"{args.parser.prog}: {line}", file=sys.stderr)
             results.append({"path": str(path), "error": line})
             statuses.add(NO_CHARACTER if is_read else UNREADABLE)
         else:

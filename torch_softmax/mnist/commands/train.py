@@ -5,125 +5,39 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..._command_line import (
-    Parser,
-    add_device_option,
-    choose_device,
-    run_command,
-    stop_on_interrupt,
-)
+from ..._command_line import choose_device, stop_on_interrupt
+from ..._torchrun import launcher
 from ...distributed.data_parallel import Ranks, join_ranks
 from ...optim import newton
 from ..checkpoints import CHECKPOINT_NAME, Checkpoint
 from ..data import ImageDataset, batch_loader
-from ..settings import DEFAULTS, SCHEDULES, UNITS, Settings
+from ..settings import UNITS
 from ..training import DivergenceError, Score, Tally, evaluate, train_epoch
-from ._options import add_data_options
 from ._runs import METRICS_NAME, Run, new_run, resumed_run, save, write_metrics
 
 EVALUATION_BATCH = 2000
 
 
-def build_parser() -> Parser:
-    """The options, with their help."""
-    parser = Parser(
-        prog="train_mnist.py",
-        description="Train softmax regression by gradient descent on batches, or by Newton's "
-        "method, and test it.",
-        epilog=defaults_table(),
-        example="python train_mnist.py --dataset mnist --epochs 10 --output-dir runs/short",
-    )
-    add_data_options(parser)
-    # What is not given stays out of the result, for the data set's own default to stand.
-    training = parser.add_argument_group("training", argument_default=argparse.SUPPRESS)
-    training.add_argument(
-        "--optimizer",
-        choices=tuple(UNITS),
-        help="sgd (the default) goes from batch to batch; newton, with L2, to the optimum",
-    )
-    training.add_argument(
-        "--epochs",
-        type=int,
-        metavar="N",
-        help="passes over the training set, or Newton steps at the most",
-    )
-    training.add_argument("--batch-size", type=int, metavar="N", help="examples for one update")
-    training.add_argument("--lr", type=float, metavar="X", help="learning rate at the start")
-    training.add_argument(
-        "--schedule", choices=tuple(SCHEDULES), help="how the learning rate goes on"
-    )
-    training.add_argument(
-        "--weight-decay", type=float, metavar="X", help="pull of the weights towards 0"
-    )
-    training.add_argument(
-        "--seed", type=int, metavar="N", help="of the first weights and the order of the examples"
-    )
-    add_device_option(parser)
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument(
-        "--output-dir",
-        type=Path,
-        metavar="DIR",
-        help=f"where {CHECKPOINT_NAME} and {METRICS_NAME} go, which must not be there yet "
-        "(default: a new runs/DATASET-DATE-TIME)",
-    )
-    place.add_argument(
-        "--resume",
-        type=Path,
-        metavar="RUN_DIR",
-        help="go on with a run that was interrupted, with its data set and settings, to the same "
-        "weights as if it had not been",
-    )
-    return parser
-
-
-def defaults_table() -> str:
-    """The training defaults of each data set."""
-    names = [field.name for field in fields(Settings) if field.name != "optimizer"]
-    rows = [["", *(f"--{name.replace('_', '-')}" for name in names)]]
-    rows += [
-        [dataset, *(str(getattr(settings, name)) for name in names)]
-        for dataset, settings in DEFAULTS.items()
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    of_newton = "newton: --epochs 100, --weight-decay 1/N, and no batches, rate or schedule"
-    return "\n  ".join(["training defaults of sgd:", *table]) + f"\n\n{of_newton}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_command(parser, lambda: train_and_test(args))
-
-
-def train_and_test(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Begin a run or go on with one, in this process or all that torchrun has started."""
     device = choose_device(args.device)
-    with join_ranks(device) as ranks, ExitStack() as stack:
-        if not ranks.is_first:
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+    with join_ranks(device) as ranks:
         with ranks.first_ahead():
-            run = new_run(args, ranks) if args.resume is None else resumed_run(args, ranks)
-        train_and_test_run(run, args, device, ranks)
+            begin = resumed_run if args.command == "resume" else new_run
+            begun = begin(args, ranks)
+        train_and_test(begun, args, device, ranks)
 
 
-def train_and_test_run(
-    run: Run, args: argparse.Namespace, device: torch.device, ranks: Ranks
-) -> None:
+def train_and_test(run: Run, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     """Train, test and save."""
     is_newton = run.checkpoint.settings.optimizer == "newton"
     if not is_newton and "OMP_NUM_THREADS" not in os.environ:
@@ -153,13 +67,10 @@ def train_and_test_run(
 
 
 def resume_command(args: argparse.Namespace, directory: Path) -> str:
-    """What to type to go on with a run, on the same data and device."""
-    command = ["python", "train_mnist.py", "--resume", str(directory)]
-    parser = build_parser()
-    for name in ("data_dir", "device"):
-        value = getattr(args, name)
-        if value != parser.get_default(name):
-            command += [f"--{name.replace('_', '-')}", str(value)]
+    """What to type to go on with a run, on the same device; it knows where its data are."""
+    command = [*launcher(), "-m", "torch_softmax", "resume", str(directory)]
+    if args.device != args.parser.get_default("device"):
+        command += ["--device", args.device]
     return shlex.join(command)
 
 
@@ -175,7 +86,11 @@ def train(
     generator = torch.Generator()
     batches = batch_loader(examples, settings.batch_size, generator, ranks)
 
-    with progress_bar(checkpoint, len(batches), ranks) as show, stop_on_interrupt() as stop:
+    is_patient = ranks.size > 1
+    with (
+        progress_bar(checkpoint, len(batches), ranks) as show,
+        stop_on_interrupt(is_patient) as stop,
+    ):
         while checkpoint.epoch < settings.epochs:
             epoch, tally = checkpoint.epoch, replace(checkpoint.tally)
             generator.set_state(checkpoint.generator_state)
@@ -192,7 +107,8 @@ def train(
                 checkpoint = checkpoint.after_epoch(model, tally.score(), tally.seconds, generator)
             else:
                 checkpoint = checkpoint.after_batches(model, tally)
-            save(checkpoint, directory)
+            with ranks.together():
+                save(checkpoint, directory)
             if is_whole:
                 tqdm.write(epoch_line(checkpoint))
             if not is_whole or any(ranks.total(stop())):
@@ -263,5 +179,5 @@ def epoch_line(checkpoint: Checkpoint) -> str:
     number = f"{checkpoint.epoch:>{len(str(epochs))}}/{epochs}"
     return (
         f"{UNITS[checkpoint.settings.optimizer]} {number}  loss {last['loss']:.4f}  "
-        f"accuracy {last['accuracy']:.2%}  {last['seconds']:.2f} s"
+        f"train accuracy {last['accuracy']:.2%}  {last['seconds']:.2f} s"
     )

@@ -1,0 +1,219 @@
+"""Any function of a layer's logits in chunks: what it is for all logits at once, or it raises."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from tests.helpers import assert_differentiable, assert_same, randn
+from torch_softmax.losses.linear import Layer
+from torch_softmax.losses.mapped import map_logits
+
+N, D, K = 7, 3, 40
+
+every_chunk = pytest.mark.parametrize("chunk_size", [1, 3, N, 100])
+every_reduction = pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+
+
+def one(z, label, factor, scale):
+    """A number for each row, of rows and of what they share."""
+    return torch.logsumexp(z * scale, 1) * factor - z.gather(1, label.unsqueeze(1)).squeeze(1)
+
+
+def two(z, label, factor, scale):
+    """That, and as many numbers as there are classes."""
+    return one(z, label, factor, scale), z.tanh()
+
+
+FUNCTIONS = [one, two]
+
+
+def problem(classes=K):
+    """Input, weight, bias, a factor for each row, and one for each class."""
+    return randn(N, D), randn(classes, D), randn(classes), randn(N), randn(classes)
+
+
+def in_chunks(fn, label, **options):
+    def applied(x, W, b, factor, scale):
+        return map_logits(fn, [Layer(x, W, b)], (label, factor), (scale,), **options)
+
+    return applied
+
+
+def at_once(fn, label, reduction="none"):
+    def applied(x, W, b, factor, scale):
+        results = fn(F.linear(x, W, b), label, factor, scale)
+        if reduction == "none":
+            return results
+        every = results if isinstance(results, tuple) else (results,)
+        reduced = tuple(r.sum(0) if reduction == "sum" else r.mean(0) for r in every)
+        return reduced if isinstance(results, tuple) else reduced[0]
+
+    return applied
+
+
+@every_chunk
+@every_reduction
+@pytest.mark.parametrize("fn", FUNCTIONS)
+@pytest.mark.parametrize("classes", [5, K])
+def test_results_are_those_for_all_logits_at_once(classes, fn, reduction, chunk_size):
+    inputs, label = problem(classes), torch.arange(N) % classes
+    actual = in_chunks(fn, label, reduction=reduction, chunk_size=chunk_size)(*inputs)
+    assert_same(actual, at_once(fn, label, reduction)(*inputs))
+
+
+@every_chunk
+@every_reduction
+def test_gradients_are_those_for_all_logits_at_once(reduction, chunk_size):
+    inputs, label = problem(), torch.arange(N) % K
+    actual = in_chunks(one, label, reduction=reduction, chunk_size=chunk_size)(*inputs)
+    expected = at_once(one, label, reduction)(*inputs)
+    upstream = torch.randn_like(actual)
+    assert_same(*(torch.autograd.grad(r, inputs, upstream) for r in (actual, expected)))
+
+
+@every_reduction
+@pytest.mark.parametrize("fn", FUNCTIONS)
+def test_derivatives_to_second_order_in_either_mode(fn, reduction):
+    label = torch.arange(N) % 5
+    function = in_chunks(fn, label, reduction=reduction, chunk_size=3)
+    assert_differentiable(function, *problem(5), fast_mode=True)
+
+
+def test_a_third_derivative():
+    inputs, label = problem(), torch.arange(N) % K
+
+    def third(function):
+        derivative = function(*inputs).sum()
+        for _ in range(3):
+            (by_W,) = torch.autograd.grad(derivative, inputs[1], create_graph=True)
+            derivative = by_W.square().sum()
+        return derivative
+
+    assert_same(third(in_chunks(one, label, chunk_size=3)), third(at_once(one, label)))
+
+
+def divergence(z, other):
+    """Of the softmax of one layer's logits from that of another's."""
+    return F.kl_div(z.log_softmax(1), other.log_softmax(1), reduction="none", log_target=True).sum(
+        1
+    )
+
+
+@every_reduction
+def test_logits_of_two_layers(reduction):
+    x, W, other_x, other_W = randn(N, D), randn(K, D), randn(N, 2), randn(K, 2)
+
+    def actual(x, W, other_x, other_W):
+        layers = [Layer(x, W, None), Layer(other_x, other_W, None)]
+        return map_logits(divergence, layers, (), reduction=reduction, chunk_size=3)
+
+    def expected(x, W, other_x, other_W):
+        rows = divergence(x @ W.t(), other_x @ other_W.t())
+        return {"none": rows, "sum": rows.sum(), "mean": rows.mean()}[reduction]
+
+    inputs = (x, W, other_x, other_W)
+    results = [function(*inputs) for function in (actual, expected)]
+    assert_same(*results)
+    assert_same(*(torch.autograd.grad(r.sum(), inputs) for r in results))
+
+
+def test_leading_dimensions_are_those_of_the_results():
+    x, W = randn(2, 3, D), randn(K, D)
+    assert_same(map_logits(torch.tanh, [Layer(x, W, None)], ()), (x @ W.t()).tanh())
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_no_rows_at_all(reduction):
+    x, W = randn(0, D), randn(K, D)
+    result = map_logits(lambda z: z.sum(1), [Layer(x, W, None)], (), reduction=reduction)
+    assert result.numel() == (reduction == "sum")
+    assert not torch.autograd.grad(result.sum(), W)[0].any()
+
+
+def test_hessian_by_func():
+    x, _, b, factor, scale = (t.detach() for t in problem())
+    W, label = randn(K, D).detach(), torch.arange(N) % K
+
+    def hessian(function):
+        return torch.func.hessian(lambda W: function(x, W, b, factor, scale))(W)
+
+    ours = hessian(in_chunks(one, label, reduction="mean", chunk_size=2))
+    assert_same(ours, hessian(at_once(one, label, "mean")))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@every_reduction
+def test_compiles_whole(reduction):
+    inputs, label = problem(), torch.arange(N) % K
+    function = in_chunks(one, label, reduction=reduction, chunk_size=3)
+    results = [
+        f(*inputs) for f in (torch.compile(function, backend="aot_eager", fullgraph=True), function)
+    ]
+    assert_same(*results)
+    assert_same(*(torch.autograd.grad(r.sum(), inputs) for r in results))
+
+
+# What can't be right raises.
+
+
+CAPTURED = "fn must not depend on a tensor that is differentiated"
+
+
+def of_captured(t):
+    x, W = randn(N, D).detach(), randn(K, D).detach()
+    return map_logits(lambda z: z.sum(1) * t, [Layer(x, W, None)], ()).sum()
+
+
+def by_input_of_captured(t):
+    W = randn(K, D).detach()
+
+    def of_input(x):
+        return map_logits(lambda z: z.sum(1) * t, [Layer(x, W, None)], ()).sum()
+
+    return torch.func.grad(of_input)(randn(N, D).detach()).sum()
+
+
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda t: of_captured(t.requires_grad_()),
+        lambda t: torch.func.grad(of_captured)(t),
+        lambda t: torch.func.jvp(of_captured, (t,), (t,)),
+        lambda t: torch.func.grad(by_input_of_captured)(t),
+    ],
+    ids=["requires_grad", "grad", "jvp", "an outer grad"],
+)
+def test_a_captured_tensor_that_is_differentiated_raises(differentiate):
+    with pytest.raises(ValueError, match=CAPTURED):
+        differentiate(torch.tensor(2.0, dtype=torch.float64))
+
+
+def test_a_captured_dual_raises():
+    t = torch.tensor(2.0, dtype=torch.float64)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=CAPTURED):
+        of_captured(forward_ad.make_dual(t, t))
+
+
+def test_a_captured_parameter_is_fine_without_gradients():
+    with torch.no_grad():
+        assert of_captured(torch.tensor(2.0, requires_grad=True)).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("fn", "error", "message"),
+    [
+        (lambda z: z.sum(), ValueError, "fn must return a number for each row"),
+        (lambda z: z.sum(0), ValueError, "fn must return a number for each row"),
+        (lambda z: 3, TypeError, "fn must return tensors, got int"),
+        (lambda z: F.dropout(z, 0.5).sum(1), ValueError, "fn must return the same for the same"),
+    ],
+)
+def test_a_function_that_can_not_be_worked_out_in_chunks_raises(fn, error, message):
+    with pytest.raises(error, match=message):
+        map_logits(fn, [Layer(randn(N, D), randn(K, D), None)], ())
+
+
+def test_rows_of_another_number_raise():
+    with pytest.raises(ValueError, match="rows must have the leading dimensions of input"):
+        map_logits(lambda z, r: r, [Layer(randn(N, D), randn(K, D), None)], (randn(N + 1),))
