@@ -108,7 +108,8 @@ GROUNDS = {
     "shadow, soft": shadow(0.06),
     "ruled": ruled,
 }
-NOTHING = ("blank", "blank, shadow", "blank, desk around", "landscape")
+BLANK = {"blank": plain, "blank, shadow": shadow(0.01), "blank, desk around": desk_around}
+NOTHING = (*BLANK, "landscape", "portrait")
 KINDS = (*GROUNDS, *NOTHING)
 
 
@@ -117,21 +118,26 @@ def picture(kind: str, digits: Sequence[Map], random: torch.Generator) -> Map:
     shape = [int(between(240, 480, random)) for _ in range(2)]
     if kind == "landscape":
         return photographed(clouds(shape, between(0.8, 2.0, random), random), random)
-    if kind.startswith("blank"):
-        grounds = {"blank": plain, "blank, shadow": shadow(0.01), "blank, desk around": desk_around}
-        return photographed(lit(grounds[kind](shape, random), random), random)
+    if kind == "portrait":
+        return photographed(lit(portrait(shape, random), random), random)
+    if kind in BLANK:
+        return photographed(lit(BLANK[kind](shape, random), random), random)
     ground = GROUNDS[kind](shape, random)
-    ink = written(digits, shape, random) * between(0.55, 0.9, random)
+    # A row must not run off the sheet.
+    width = 0.6 if "desk around" in kind else 0.85
+    ink = written(digits, shape, width, random) * between(0.55, 0.9, random)
     sheet = lit(ground * (1 - ink), random)
     return photographed(1 - sheet if kind == "light on dark" else sheet, random)
 
 
-def written(digits: Sequence[Map], shape: Sequence[int], random: torch.Generator) -> Map:
-    """Write digits in a row, somewhere near the middle."""
+def written(
+    digits: Sequence[Map], shape: Sequence[int], width: float, random: torch.Generator
+) -> Map:
+    """Write digits in a row, somewhere near the middle, in a part of the width at the most."""
     ink = torch.zeros(tuple(shape))
     # A digit's own margins keep it away from the next one.
     side = between(0.35, 0.6, random) * min(shape)
-    side = min(side, 0.85 * shape[1] / len(digits))
+    side = min(side, width * shape[1] / len(digits))
     left = (shape[1] - side * len(digits)) / 2
     top = (shape[0] - side) / 2
     top += between(-0.06, 0.06, random) * shape[0]
@@ -144,6 +150,29 @@ def written(digits: Sequence[Map], shape: Sequence[int], random: torch.Generator
         room = ink[y : y + len(big), x : x + len(big)]
         torch.maximum(room, big[: room.shape[0], : room.shape[1]], out=room)
     return ink
+
+
+def portrait(shape: Sequence[int], random: torch.Generator) -> Map:
+    """A face with its features, on shoulders, before something out of focus."""
+    y, x = coordinates(shape)
+    x, y = x - between(-0.1, 0.1, random), y - between(-0.1, 0.1, random)
+    scene = between(0.2, 0.8, random) + 0.3 * (clouds(shape, 2.0, random) - 0.5)
+
+    def paint(middle: tuple[float, float], axes: tuple[float, float], softness: float) -> None:
+        distance = torch.hypot((y - middle[0]) / axes[0], (x - middle[1]) / axes[1])
+        over = ((1 - distance) / softness).sigmoid()
+        scene.lerp_(torch.tensor(between(0.1, 0.9, random)), over)
+
+    size = between(0.8, 1.2, random)
+    paint((0.55, 0.0), (0.3 * size, 0.4), 0.03)  # shoulders
+    paint((-0.05, 0.0), (0.29 * size, 0.22 * size), 0.05)  # hair
+    paint((0.0, 0.0), (0.24 * size, 0.18 * size), 0.05)  # face
+    for side in (-1, 1):
+        paint((-0.04 * size, 0.07 * side * size), (0.015 * size, 0.03 * size), 0.3)  # eye
+        paint((-0.08 * size, 0.07 * side * size), (0.008 * size, 0.04 * size), 0.3)  # brow
+    paint((0.03 * size, 0.0), (0.05 * size, 0.015 * size), 0.5)  # nose
+    paint((0.12 * size, 0.0), (0.015 * size, 0.06 * size), 0.3)  # mouth
+    return scene
 
 
 def drawn(digit: Map, side: int) -> Map:

@@ -8,13 +8,15 @@ of characters is believed. Where there is none, the picture is refused: a classi
 anything, and its own probability can't tell a desk from an 8.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d, pad
+from torch.nn.functional import pad
 
 from .ink import (
     DARK,
@@ -26,6 +28,7 @@ from .ink import (
     areas,
     closed_ground,
     crop,
+    dilated,
     find_ink,
     grown,
     parts,
@@ -47,7 +50,7 @@ SHEET = 0.12  # of its length: the stroke width from which a part may be a sheet
 HOLE = 0.003  # of its area: a smaller hole is dirt
 FLAT = 2.0  # times its height: the width of a character at the most
 SHORT = 0.4  # of the tallest character: the least height of another
-SEEN = 0.8  # of the edge around it that must show the contrast of ink
+SEEN = 0.95  # of the edge around it that must show the contrast of ink
 DIRT = 0.25  # of the ink's area: what else may stand out
 GAP = 0.15  # of a character's size: pieces of it that are nearer belong to it
 
@@ -124,8 +127,9 @@ class _Part:
         self.size = max(self.height, self.width)
         self.area = int(self.mask.sum())
 
-    @property
+    @cached_property
     def stroke(self) -> float:
+        """How wide its strokes are, on average."""
         return stroke_width(self.mask.float())
 
     def around(self, margin: int) -> tuple[slice, slice]:
@@ -232,7 +236,7 @@ def _broadest(mask: Tensor) -> int:
     left = pad(mask.float(), (1, 1, 1, 1))
     layers = 0
     while left.any():
-        left = -max_pool2d(-left[None], 3, stride=1, padding=1)[0]
+        left = -dilated(-left, 3)
         layers += 1
     return 2 * layers
 
@@ -265,9 +269,7 @@ def _seen_edge(small: Tensor, ground: Ground, part: _Part, ink: Ink) -> float:
     ring = grown(part.mask, reach + 1) & ~grown(part.mask, reach - 1) & ~ink.mask
     shade = ground.sign * small
     window = 2 * reach + 5
-    nearest = max_pool2d(
-        shade.masked_fill(~part.mask, -9)[None], window, stride=1, padding=window // 2
-    )[0]
+    nearest = dilated(shade.masked_fill(~part.mask, -math.inf), window)
     step = (nearest - shade) / ground.levels.clamp(min=DARK)
     return float((step[ring] >= ink.level / 2).float().mean())
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, max_pool2d, pad
+from torch.nn.functional import avg_pool2d, pad
 from torchvision.transforms.v2 import functional as transforms
 
 from .. import _checks as checks
 from .characters import find_characters, find_drawing
-from .ink import crop, resize, stroke_width
+from .ink import crop, dilated, resize, stroke_width
 
 __all__ = ["FRAMES", "Frame", "normalize"]
 
@@ -160,4 +160,4 @@ def _thicken(ink: Tensor, stroke: float) -> Tensor:
     reach = int((stroke - stroke_width(ink)) / 2)
     if reach < 1:
         return ink
-    return max_pool2d(pad(ink, [2 * reach] * 4)[None], 2 * reach + 1, stride=1)[0]
+    return dilated(pad(ink, [reach] * 4), 2 * reach + 1)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as transforms
 
 from .images import ImageError
@@ -83,7 +83,7 @@ def smooth_ground(image: Tensor) -> Ground:
 
 def closed_ground(image: Tensor, sign: int, window: int) -> Ground:
     """Take away what is narrower than an odd window and darker (sign −1) or lighter (sign 1)."""
-    closed = sign * _dilated(-_dilated(-sign * image, window), window)
+    closed = sign * dilated(-dilated(-sign * image, window), window)
     # A maximum of noise lies above its mean.
     return Ground(closed + (image - closed).median(), sign, window)
 
@@ -135,13 +135,14 @@ def resize(image: Tensor, shape: "torch.Size | list[int]") -> Tensor:
 
 def grown(mask: Tensor, reach: int) -> Tensor:
     """Widen a mask by so many pixels."""
-    return _dilated(mask.float(), 2 * reach + 1) > 0
+    return dilated(mask.byte(), 2 * reach + 1) > 0
 
 
-def _dilated(image: Tensor, window: int) -> Tensor:
-    """Return the maximum in a square window around each pixel."""
-    rows = max_pool2d(image[None], (window, 1), stride=1, padding=(window // 2, 0))
-    return max_pool2d(rows, (1, window), stride=1, padding=(0, window // 2))[0]
+def dilated(image: Tensor, window: int) -> Tensor:
+    """Return the maximum in a square window around each pixel, of an odd number of pixels."""
+    # Several times as fast as max_pool2d, which notes the places too.
+    wider = pad(image, [window // 2] * 4, value=image.min().item())
+    return wider.unfold(0, window, 1).amax(-1).unfold(1, window, 1).amax(-1)
 
 
 def _is_border(image: Tensor) -> Tensor:
@@ -216,7 +217,7 @@ def parts(mask: Tensor) -> Tensor:
     part = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask
     while True:
         # Each pixel takes the highest number beside it, and then that of the pixel so numbered.
-        wider = max_pool2d(part[None].float(), 3, stride=1, padding=1)[0].long() * mask
+        wider = dilated(part, 3) * mask
         wider = wider.flatten()[wider - 1] * mask
         if wider.equal(part):
             return part
@@ -229,6 +230,6 @@ def stroke_width(ink: Tensor) -> float:
     Source: Fleming and Rishel, An integral formula for total gradient variation (1960).
     """
     is_drawn = ink > ink.max() / 2  # for noise would count as many short perimeters
-    padded = torch.nn.functional.pad(is_drawn.float(), (1, 1, 1, 1))
+    padded = pad(is_drawn.float(), (1, 1, 1, 1))
     down, right = padded[1:, :-1] - padded[:-1, :-1], padded[:-1, 1:] - padded[:-1, :-1]
     return float(2 * padded.sum() / torch.hypot(down, right).sum())
