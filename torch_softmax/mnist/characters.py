@@ -46,7 +46,6 @@ WINDOWS = (2, 4, 8)  # the shorter side is so many windows long
 MOST = 10  # characters in a picture
 STROKE = 0.28  # of its length: the mean width of a character's strokes at the most
 BLOT = 0.44  # of its length: the width of its broadest place at the most
-SHEET = 0.12  # of its length: the stroke width from which a part may be a sheet with holes of ink
 HOLE = 0.003  # of its area: a smaller hole is dirt
 FLAT = 2.0  # times its height: the width of a character at the most
 SHORT = 0.4  # of the tallest character: the least height of another
@@ -244,13 +243,14 @@ def _broadest(mask: Tensor) -> int:
 def _is_sheet(part: _Part, ink: Tensor) -> bool:
     """Whether a part of the ink is a sheet on a desk, whose holes are what is written on it.
 
-    The holes of a character are broad beside its strokes, and two at the most.
+    Filled in, it is too broad for strokes; so may a 0 be, but the holes of a character are broad
+    beside its strokes, and two at the most.
     """
-    if part.stroke <= SHEET * part.size:
-        return False
     ground = parts(~pad(part.mask, (1, 1, 1, 1)))
-    area = areas(ground)
-    area[ground[0, 0]] = 0
+    filled = ground != ground[0, 0]
+    if stroke_width(filled.float()) <= STROKE * part.size:
+        return False
+    area = areas(ground * filled)
     numbers = (area >= HOLE * part.area).nonzero()[:, 0].tolist()
     # Paper within a 0 is no part of the 0.
     holes = [_Part((ground[1:-1, 1:-1] == number) & ~ink) for number in numbers]
