@@ -42,7 +42,7 @@ from .ink import (
 __all__ = ["NoCharacterError", "find_characters", "find_drawing"]
 
 # Chosen on synthetic pictures, of which tests/mnist/pictures.py makes others.
-WINDOWS = (2, 4, 8)  # the shorter side is so many windows long
+WINDOWS = (2, 4, 8, 12)  # the shorter side is so many windows long
 MOST = 10  # characters in a picture
 STROKE = 0.28  # of its length: the mean width of a character's strokes at the most
 BLOT = 0.44  # of its length: the width of its broadest place at the most
