@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from .ink import (
     DARK,
     INK_LEVEL,
+    NOTHING,
     SPECK,
     Ground,
     Ink,
@@ -85,8 +86,8 @@ def find_characters(grey: Tensor) -> list[Tensor]:
         NoCharacterError: What is seen is no row of characters.
     """
     small = shrink(grey)
-    reasons = ["nothing is drawn"]
-    for grounds in _grounds(small, reasons):
+    reasons = []
+    for grounds in _grounds(small):
         rows = []
         for ground in grounds:
             # Ruled lines are paler than ink; in a window, the darkest may lie within a stroke.
@@ -99,14 +100,11 @@ def find_characters(grey: Tensor) -> list[Tensor]:
         if rows:
             # What is light within a dark character, and dark within a light one, is smaller.
             return max(rows, key=lambda row: row.extent).cut_out(grey)
-    raise NoCharacterError(next((why for why in reasons if why != reasons[0]), reasons[0]))
+    raise NoCharacterError(next((why for why in reasons if why != NOTHING), NOTHING))
 
 
-def _grounds(small: Tensor, reasons: list[str]) -> Iterator[list[Ground]]:
-    try:
-        yield [smooth_ground(small)]
-    except NoCharacterError as error:
-        reasons.append(str(error))
+def _grounds(small: Tensor) -> Iterator[list[Ground]]:
+    yield [smooth_ground(small)]
     for windows in WINDOWS:
         window = min(small.shape) // windows // 2 * 2 + 1
         yield [closed_ground(small, sign, window) for sign in (-1, 1)]

@@ -28,6 +28,8 @@ INK_LEVEL = 0.9  # the quantile of inked pixels that counts as full ink
 EDGE = 0.3  # of the darkest ink: less is outside of the character's box
 SPECK = 0.05  # of the largest part's area: a smaller part is dirt
 
+NOTHING = "nothing is drawn"
+
 
 class NoCharacterError(ImageError):
     """A picture in which no character is found; the message says what is seen instead."""
@@ -72,13 +74,14 @@ class Ink(NamedTuple):
 
 def smooth_ground(image: Tensor) -> Ground:
     """Fit a surface to what is not ink; its sign is that of what stands out from the border."""
-    rise = _contrast(image, _surface(image, _is_border(image)))
+    surface = _surface(image, _is_border(image))
+    rise = _contrast(image, surface)
     # Ink is on one side of its ground; a cube lets few pixels far off outweigh many near it.
     sign = -1 if (rise**3).sum() < 0 else 1
     rise = sign * rise
-    if rise.max() < BLANK_CONTRAST:
-        raise NoCharacterError("nothing is drawn")
-    return Ground(_surface(image, rise < _otsu_threshold(rise)), sign)
+    if rise.max() >= BLANK_CONTRAST:
+        surface = _surface(image, rise < _otsu_threshold(rise))
+    return Ground(surface, sign)
 
 
 def closed_ground(image: Tensor, sign: int, window: int) -> Ground:
@@ -92,14 +95,14 @@ def find_ink(image: Tensor, ground: Ground, *, darkest: bool = False) -> Ink:
     """Tell ink from its ground by a threshold, or the darker of two inks by a second one."""
     rise = ground.rise(image)
     if rise.max() < BLANK_CONTRAST:
-        raise NoCharacterError("nothing is drawn")
+        raise NoCharacterError(NOTHING)
     threshold = _otsu_threshold(rise)
     if darkest:
         threshold = _otsu_threshold(rise[rise >= threshold])
     is_ground = rise < threshold
     level = float(rise[~is_ground].quantile(INK_LEVEL))
     if level < max(BLANK_CONTRAST, BLANK_DEVIATIONS * _deviation(rise[is_ground])):
-        raise NoCharacterError("nothing is drawn")
+        raise NoCharacterError(NOTHING)
     return Ink(rise, threshold, level)
 
 
