@@ -102,6 +102,21 @@ def test_nearly_every_face_is_refused(told):
     assert told["refused"] >= 0.9 * PICTURES  # hair may be as much of a ring as a 0 is
 
 
+def refusal(grey):
+    with pytest.raises(NoCharacterError) as info:
+        find_characters(grey)
+    return str(info.value)
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+def test_photographs_and_their_quarters_are_refused(name):
+    photo = pytest.importorskip("sklearn.datasets").load_sample_image(name)
+    grey = torch.tensor(photo).float().mean(-1) / 255
+    quarters = [quarter for half in grey.chunk(2) for quarter in half.chunk(2, 1)]
+    for part in (grey, *quarters):
+        refusal(part)
+
+
 # One rule each
 
 
@@ -142,12 +157,6 @@ def test_what_touches_the_border_is_left_out(seven):
     picture = sheet(seven, seven)
     picture[:, 225:] = 0
     assert len(find_characters(picture)) == 2
-
-
-def refusal(grey):
-    with pytest.raises(NoCharacterError) as info:
-        find_characters(grey)
-    return str(info.value)
 
 
 def test_a_character_that_the_border_cuts_off_is_refused(seven):

@@ -50,7 +50,8 @@ BLOT = 0.44  # of its length: the width of its broadest place at the most
 HOLE = 0.003  # of its area: a smaller hole is dirt
 FLAT = 2.0  # times its height: the width of a character at the most
 SHORT = 0.4  # of the tallest character: the least height of another
-SEEN = 0.95  # of the edge around it that must show the contrast of ink
+SEEN = 2 / 3  # of the edge around it that must show the contrast of ink
+SEEN_IN_WINDOW = 0.95  # the same on the ground of a window, which takes faces for ground too
 DIRT = 0.25  # of the ink's area: what else may stand out
 GAP = 0.15  # of a character's size: pieces of it that are nearer belong to it
 
@@ -169,9 +170,10 @@ class _Row:
         characters = _join([_Part(part == number) for number in numbers])
         if len(characters) > MOST:
             raise NoCharacterError(f"{len(characters)} parts are too many for characters")
+        least = SEEN_IN_WINDOW if ground.window else SEEN
         for character in characters:
             _check_strokes(character, ink.mask, ground.window)
-            if _seen_edge(small, ground, character, ink) < SEEN:
+            if _seen_edge(small, ground, character, ink) < least:
                 raise NoCharacterError("what is drawn fades into its ground")
             if is_cut[part[character.around(character.height // 2)]].any():
                 raise NoCharacterError("what is drawn is too near to what the border cuts off")
