@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,28 +13,8 @@ from torch.nn.functional import interpolate, pad
 
 from tests.helpers import ROOT, one_line
 from torch_softmax.__main__ import main
-from torch_softmax.mnist.checkpoints import Checkpoint, save_checkpoint
+from torch_softmax.mnist.checkpoints import save_checkpoint
 from torch_softmax.mnist.commands import predict
-from torch_softmax.mnist.data import batch_loader, load_dataset
-from torch_softmax.mnist.settings import DEFAULTS
-from torch_softmax.mnist.training import train_epoch
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_dataset("digits", "nowhere")
-
-
-@pytest.fixture(scope="module")
-def trained(digits):
-    """A run on the digits, short but good."""
-    settings = replace(DEFAULTS["digits"], epochs=20)
-    checkpoint = Checkpoint.start(settings, digits)
-    model = checkpoint.build_model()
-    batches = batch_loader(digits.train, settings.batch_size, torch.Generator().manual_seed(0))
-    for epoch in range(settings.epochs):
-        train_epoch(model, batches, settings, epoch)
-    return replace(checkpoint, model=model.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +80,35 @@ def test_the_class_and_a_bar_for_each_likely_class(run_dir, seven, capsys):
     shares = [float(bar.split()[1].rstrip("%")) for bar in bars]
     assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
     assert shares[:-1] == sorted(shares[:-1], reverse=True)
+
+
+@pytest.fixture
+def row(digits, tmp_path):
+    """A picture of 3 1 4, written beside each other."""
+    first = [(digits.test.labels == label).nonzero()[0] for label in (3, 1, 4)]
+    sheets = [np.asarray(paper(digits.test.images[i])) for i in first]
+    path = tmp_path / "row.png"
+    Image.fromarray(np.concatenate(sheets, 1)).save(path)
+    return path
+
+
+def test_several_characters_from_left_to_right_with_a_bar_each(run_dir, row, capsys):
+    assert run(run_dir, row) == 0
+    first, *bars = capsys.readouterr().out.splitlines()
+    assert first == f"{row}: 3 1 4"
+    assert [bar.split()[0] for bar in bars] == ["3", "1", "4"]
+
+
+def test_json_has_an_object_for_each_character(run_dir, row, seven, capsys):
+    assert run(run_dir, "--json", row, seven) == 0
+    told = results(capsys)
+    assert [(each["path"], each["class"]) for each in told] == [
+        (str(row), 3),
+        (str(row), 1),
+        (str(row), 4),
+        (str(seven), 7),
+    ]
+    assert all(len(each["probabilities"]) == 10 for each in told)
 
 
 @pytest.mark.parametrize(
@@ -170,10 +180,19 @@ def unusable(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["text.png", "blank.png", "missing.png"])
-def test_a_line_for_what_is_no_picture(run_dir, unusable, tmp_path, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("text.png", predict.UNREADABLE),
+        ("blank.png", predict.NO_CHARACTER),
+        ("missing.png", predict.UNREADABLE),
+    ],
+)
+def test_a_line_and_a_status_for_what_is_no_picture(
+    run_dir, unusable, tmp_path, capsys, name, status
+):
     path = tmp_path / name
-    assert run(run_dir, path) == 1
+    assert run(run_dir, path) == status
     assert one_line(capsys) == f"torch-softmax predict: {unusable[path].format(path=path)}"
 
 

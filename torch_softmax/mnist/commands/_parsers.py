@@ -104,7 +104,8 @@ def add_predict(commands: "Commands[Parser]") -> None:
     parser = commands.add_parser(
         "predict",
         help="tell what is drawn in your own pictures",
-        description="Tell what is drawn in pictures, one character each, and how sure that is.",
+        description="Tell what is drawn in pictures, from left to right, and how sure that is.",
+        epilog="exit status: 1 where a picture can't be read, else 3 where one shows no character",
         example="torch-softmax predict runs/short photo.jpg scans/",
     )
     add_run_argument(parser)

@@ -1,0 +1,42 @@
+"""Classifiers of the digits and of MNIST, as a run would have saved them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers import ROOT
+from torch_softmax.mnist.checkpoints import Checkpoint
+from torch_softmax.mnist.data import batch_loader, load_dataset
+from torch_softmax.mnist.settings import DEFAULTS
+from torch_softmax.mnist.training import train_epoch
+
+
+def train(data, epochs):
+    settings = replace(DEFAULTS[data.name], epochs=epochs)
+    checkpoint = Checkpoint.start(settings, data)
+    model = checkpoint.build_model()
+    batches = batch_loader(data.train, settings.batch_size, torch.Generator().manual_seed(0))
+    for epoch in range(settings.epochs):
+        train_epoch(model, batches, settings, epoch)
+    return replace(checkpoint, model=model.state_dict())
+
+
+@pytest.fixture(scope="session")
+def trained(digits):
+    """A run on the digits, short but good."""
+    return train(digits, epochs=20)
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    """MNIST where it has been downloaded to `data`, as the trainer does."""
+    if not (ROOT / "data" / "MNIST" / "raw").is_dir():
+        pytest.skip("needs MNIST in data/")
+    return load_dataset("mnist", ROOT / "data")
+
+
+@pytest.fixture(scope="session")
+def trained_on_mnist(mnist):
+    """A run on MNIST, short but good."""
+    return train(mnist, epochs=3)
