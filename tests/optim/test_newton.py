@@ -434,7 +434,11 @@ def test_memory_of_the_step_before_saves_products(examples, monkeypatch):
     forgetful.load_state_dict(model.state_dict())
     result = newton.minimize(model, *examples, WEIGHT_DECAY)
     solve = _descent.solve
-    monkeypatch.setattr(_descent, "solve", lambda *args: solve(*args)._replace(known=None))
+
+    def forgetting(*arguments, **options):
+        return solve(*arguments, **options)._replace(known=None)
+
+    monkeypatch.setattr(_descent, "solve", forgetting)
     assert result.products < newton.minimize(forgetful, *examples, WEIGHT_DECAY).products
 
 
