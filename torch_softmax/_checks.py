@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._transforms import is_moving
+
 # Those that need no torch are there by this name too.
 from ._values import UserError as UserError
 from ._values import finite as finite
@@ -33,7 +35,7 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], reason: str) -> N
 
 def number(name: str, value: object) -> float:
     """Return a named argument as a float, or raise: NumPy's numbers and 0-d tensors will do."""
-    if isinstance(value, Tensor) and value.requires_grad:
+    if isinstance(value, Tensor) and is_moving(value):
         raise ValueError(f"{name} must not require a gradient, for it gets none")
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
         return float(value)

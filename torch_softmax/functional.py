@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from ._transforms import unwrapped
 from .losses import distillation, linear, log_prob, logits, mapped
 from .losses import softmax as _softmax
-from .losses._autograd import overridable, unwrapped
+from .losses._autograd import overridable
 from .losses._small import Batch, loss_if_small
 from .losses._targets import Options, logit_options_of, options_of, row_options_of
 from .losses.log_prob import LogProb
@@ -376,7 +377,9 @@ def map_logits(
         fn: The results (n, ...), a tensor or a tuple of tensors, for the logits (n, C) of any few
             rows, the same rows of each of `rows`, and each of `shared` whole. It must work out each
             row for itself, from what it is given: with the same numbers each time, and in
-            operations that can be differentiated. Half precision comes as float32 logits.
+            operations that can be differentiated and write to none of that. Outside of transforms
+            it is tried on two rows first. What else it looks at must not change before backward.
+            Half precision comes as float32 logits.
         input: x, (..., D) with any leading dimensions, of a floating-point dtype.
         linear_weight: W, (C, D).
         rows: Tensors with these leading dimensions, and any further ones; or None.
@@ -393,9 +396,9 @@ def map_logits(
 
     Raises:
         TypeError: An argument, or what `fn` returns, has the wrong type or dtype.
-        ValueError: Shapes don't fit; `fn` returns no row for each row; it returns other numbers
-            when it is called again, or depends on a tensor that is differentiated and that it was
-            not given.
+        ValueError: Shapes don't fit; `fn` returns no row for each row; it draws random numbers or
+            returns others when it is called again; a row's result depends on the rows beside it;
+            or it depends on a tensor that is differentiated and that it was not given.
         NotImplementedError: `linear_weight` is sharded.
 
     Example:
@@ -413,9 +416,7 @@ def map_logits(
     layer = linear.Layer(input, linear_weight, linear_bias)
     chunk_size = checks.chunk_size(chunk_size)
     _refuse_sharded("map_logits", *layer, *rows, *shared)
-    return mapped.map_logits(
-        fn, [layer], rows, tuple(shared), reduction=reduction, chunk_size=chunk_size
-    )
+    return mapped.map_logits(fn, [layer], rows, shared, reduction=reduction, chunk_size=chunk_size)
 
 
 def _any_sharded(*tensors: Any) -> bool:

@@ -75,6 +75,7 @@ def test_a_mean_over_a_count_of_0_is_0():
         ("logit_scale", float("nan"), ValueError),
         ("z_loss", -1.0, ValueError),
         ("count", -1, ValueError),
+        ("count", torch.tensor(2 + 1j), TypeError),
         ("row_weight", torch.ones(N + 1), ValueError),
         ("row_weight", torch.ones(N).long(), TypeError),
     ],
@@ -111,8 +112,30 @@ def test_an_ignored_row_adds_nothing_whatever_it_holds(options, reduction):
     assert of_weight[0] == 0
 
 
-@pytest.mark.parametrize("name", ["softcap", "logit_scale", "z_loss", "count"])
-def test_a_number_that_requires_a_gradient_is_refused(name):
-    value = torch.ones((), requires_grad=True)
+def by_backward(function, value):
+    return function(value.requires_grad_())
+
+
+def by_forward_mode(function, value):
+    return torch.func.jvp(function, (value,), (value,))
+
+
+def by_nested_forward_mode(function, value):
+    def outer(value):
+        return torch.func.grad(lambda x: x * function(value))(value)
+
+    return torch.func.jvp(outer, (value,), (value,))
+
+
+@pytest.mark.parametrize("differentiate", [by_backward, by_forward_mode, by_nested_forward_mode])
+@pytest.mark.parametrize(
+    "name", ["softcap", "logit_scale", "z_loss", "count", "label_smoothing", "weight"]
+)
+def test_an_option_that_is_differentiated_is_refused(name, differentiate):
+    def loss(value):
+        target = torch.arange(N) % 5
+        return linear_cross_entropy(randn(N, D), randn(5, D), target, **{name: value})
+
+    value = torch.ones(5 if name == "weight" else (), dtype=torch.float64)
     with pytest.raises(ValueError, match=f"^{name} must not require a gradient"):
-        linear_cross_entropy(randn(N, D), randn(5, D), torch.zeros(N).long(), **{name: value})
+        differentiate(lambda value: loss(value).sum(), value)

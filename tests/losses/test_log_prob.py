@@ -142,6 +142,11 @@ def test_logits_far_apart(reached):
     assert all(g.isfinite().all() for g in torch.autograd.grad(sum(of[:3]), (x, W, b)))
 
 
+def test_a_label_of_a_row_of_nan_is_not_correct():
+    of = linear_log_prob(torch.full((3, D), math.nan), torch.zeros(3, D), torch.arange(3))
+    assert of.correct.tolist() == [False, False, False]
+
+
 def test_ties_are_correct_for_the_first_class_alone():
     of = linear_log_prob(torch.zeros(3, D), torch.zeros(3, D), torch.arange(3))
     assert of.correct.tolist() == [True, False, False]

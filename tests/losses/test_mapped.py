@@ -155,6 +155,42 @@ def test_compiles_whole(reduction):
     assert_same(*(torch.autograd.grad(r.sum(), inputs) for r in results))
 
 
+@every_reduction
+@pytest.mark.parametrize("shape", [(1,), (2, 3)], ids=str)
+def test_results_with_further_dimensions(shape, reduction):
+    x, W = randn(*shape, D), randn(K, D)
+    results = (
+        map_logits(lambda z: z[:, :2].sin(), x, W, reduction=reduction, chunk_size=2),
+        at_once(lambda z, *_: z[:, :2].sin(), None, reduction)(
+            x.flatten(0, -2), W, None, None, None
+        ),
+    )
+    results = [result.reshape(results[0].shape) for result in results]
+    assert_same(*results)
+    assert_same(*(torch.autograd.grad(r.square().sum(), (x, W)) for r in results))
+
+
+def test_one_row_alone():
+    x, W = randn(D), randn(K, D)
+    assert_same(map_logits(lambda z: z[:, :2], x, W), (W @ x)[:2])
+
+
+def test_forward_mode_over_vmap():
+    x, W = randn(2, N, D).detach(), randn(K, D).detach()
+
+    def batch(of):
+        return torch.func.jvp(lambda x: torch.vmap(of)(x), (x,), (x,))
+
+    ours = batch(lambda x: map_logits(torch.sin, x, W, chunk_size=3))
+    assert_same(ours, batch(lambda x: (x @ W.t()).sin()))
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_no_numbers_are_looked_at_where_there_are_none(device):
+    x, W = torch.empty(N, D, device=device), torch.empty(K, D, device=device)
+    assert map_logits(lambda z: z.sum(1), x, W).shape == (N,)
+
+
 # What can't be right raises.
 
 
@@ -182,8 +218,12 @@ def by_input_of_captured(t):
         lambda t: torch.func.grad(of_captured)(t),
         lambda t: torch.func.jvp(of_captured, (t,), (t,)),
         lambda t: torch.func.grad(by_input_of_captured)(t),
+        lambda t: torch.func.jvp(by_input_of_captured, (t,), (t,)),
+        lambda t: torch.func.jvp(
+            torch.vmap(of_captured, randomness="same"), (t.expand(2),), (t.expand(2),)
+        ),
     ],
-    ids=["requires_grad", "grad", "jvp", "an outer grad"],
+    ids=["requires_grad", "grad", "jvp", "an outer grad", "an outer jvp", "jvp of vmap"],
 )
 def test_a_captured_tensor_that_is_differentiated_raises(differentiate):
     with pytest.raises(ValueError, match=CAPTURED):
@@ -207,7 +247,11 @@ def test_a_captured_parameter_is_fine_without_gradients():
         (lambda z: z.sum(), ValueError, "fn must return a number for each row"),
         (lambda z: z.sum(0), ValueError, "fn must return a number for each row"),
         (lambda z: 3, TypeError, "fn must return tensors, got int"),
-        (lambda z: F.dropout(z, 0.5).sum(1), ValueError, "fn must return the same for the same"),
+        (lambda z: (), TypeError, "fn must return a tensor or some, got none"),
+        (lambda z: F.dropout(z, 1e-3).sum(1), ValueError, "fn must return the same for the same"),
+        (lambda z: z.mul_(2).sum(1), ValueError, "fn must return the same for the same"),
+        (lambda z: (z - z.mean(0)).sum(1), ValueError, "fn must work out each row for itself"),
+        (lambda z: z.sum(1) / len(z), ValueError, "fn must work out each row for itself"),
     ],
 )
 def test_a_function_that_can_not_be_worked_out_in_chunks_raises(fn, error, message):
@@ -226,9 +270,18 @@ def test_rows_of_another_number_raise():
         ({"reduction": "avg"}, ValueError, "reduction must be 'none', 'mean' or 'sum', got 'avg'"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
         ({"shared": (3,)}, TypeError, "shared must hold tensors, got int"),
+        ({"shared": torch.ones(3)}, TypeError, "shared must be a tuple of tensors, got a tensor"),
         ({"linear_bias": torch.zeros(4)}, ValueError, "linear_bias must have shape"),
     ],
 )
 def test_an_unfit_argument_is_named(changes, error, message):
     with pytest.raises(error, match=f"^{message}"):
         map_logits(lambda z, *_: z.sum(1), randn(N, D), randn(K, D), **changes)
+
+
+def test_a_result_of_another_width_for_other_rows_raises():
+    width = torch.tensor([2, 2, 2, 1, 1, 1, 2])
+    with pytest.raises(ValueError, match="fn must return the same shape and dtype for any rows"):
+        map_logits(
+            lambda z, width: z[:, : int(width.max())], randn(N, D), randn(K, D), width, chunk_size=3
+        )

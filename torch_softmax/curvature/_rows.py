@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import _checks as checks
-from ..losses._autograd import is_plain
+from .._transforms import is_plain
 from ..losses._dtypes import accumulation_dtype, cast, widest
 from ..losses._targets import NO_OPTIONS, fold
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from ..losses._autograd import is_transformed
+from .._transforms import is_transformed
 from ..losses._dtypes import outside_autocast
 from ..optim._conjugate_gradients import Preconditioner
 from ._directions import Direction, as_given, directions_of, flat, joined, parted, unflat

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import pad
 
 from .. import _checks as checks
-from ..losses._autograd import is_in_func
+from .._transforms import is_in_func
 from ..losses._dtypes import product_dtype
 from ..losses._formulas import Target
 from ..losses._targets import Options, Terms, fold

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .._transforms import is_differentiated, is_in_func, is_transformed
 from ._dtypes import outside_autocast
 
 Tensors = tuple[Tensor | None, ...]
@@ -153,11 +154,6 @@ def chunked(plan: Differentiable, *tensors: Tensor | None) -> tuple[Tensor, ...]
     return results
 
 
-def is_in_func() -> bool:
-    """Whether a transform of torch.func is at work, which there is no public way to ask."""
-    return torch._C._are_functorch_transforms_active()
-
-
 vjp: Any = torch.func.vjp  # typed by torch as if it gave an auxiliary result too
 
 
@@ -179,16 +175,6 @@ def pulled_back(fn: Callable[..., tuple[Tensor, ...]], *at: Tensor) -> tuple[Any
         )
 
     return tuple(value.detach() for value in values), pull
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func, or a level of forward mode, is at work."""
-    return is_in_func() or forward_ad._current_level >= 0
-
-
-def is_differentiated() -> bool:
-    """Whether what is worked out now may be differentiated later."""
-    return torch.is_grad_enabled() or is_transformed()
 
 
 def taken_along(total: Summed, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -216,42 +202,6 @@ def scaled_(gradients: Tensors, scale: Tensor) -> Tensors:
     if scale.is_cpu and scale.item() == 1:
         return gradients
     return tuple(None if gradient is None else gradient.mul_(scale) for gradient in gradients)
-
-
-def is_plain(tensor: Tensor | None) -> bool:
-    """Whether a tensor is no subclass with operators of its own, which buffers would not have."""
-    if tensor is None or type(tensor) in (Tensor, torch.nn.Parameter):
-        return True
-    dispatch = type(tensor).__torch_dispatch__
-    return dispatch is Tensor.__torch_dispatch__ or type(tensor).__name__ == "FakeTensor"
-
-
-def unwrapped(tensor: Any) -> Any:
-    """A tensor without what the transforms of torch.func put around it, outside of a compiler."""
-    if torch.compiler.is_compiling() or not is_in_func():
-        return tensor
-    while isinstance(tensor, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
-
-
-def is_moving(tensor: Tensor) -> bool:
-    """Whether a tensor is differentiated, in either mode and at any level."""
-    if tensor.requires_grad:
-        return True
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-        return True
-    if torch.compiler.is_compiling() or not is_in_func():
-        return False
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return is_wrapped and is_moving(torch._C._functorch.get_unwrapped(tensor))
-
-
-def at_rest(tensor: Tensor) -> Tensor:
-    """A tensor that is not differentiated any more, in either mode."""
-    if forward_ad._current_level >= 0:
-        tensor = forward_ad.unpack_dual(tensor).primal
-    return tensor.detach()
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -16,17 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._autograd import (
-    Mask,
-    Sum,
-    Tensors,
-    chunked,
-    is_plain,
-    merge,
-    scaled_,
-    select,
-    vjp,
-)
+from .._transforms import is_plain
+from ._autograd import Mask, Sum, Tensors, chunked, merge, scaled_, select, vjp
 from ._dtypes import accumulation_dtype, outside_autocast
 from ._formulas import product
 
@@ -100,7 +91,7 @@ class Plan:
             ]
             for result, part, of_rows in zip(results, parts, self.rows_out, strict=True):
                 if of_rows:
-                    result[rows] = part
+                    write(result, rows, part)
                 else:
                     result += part
         return tuple(results)
@@ -214,6 +205,21 @@ def in_a_loop(plan: Any, size: int, dims: tuple[int | None, ...], tensors: Tenso
         )
         return tuple(result.new_empty((0, *result.shape)) for result in chunked(plan, *zeros))
     return tuple(map(torch.stack, zip(*map(element, range(size)), strict=True)))
+
+
+def write(result: Tensor, rows: slice, part: Tensor) -> None:
+    """Write the result of some rows among those of all.
+
+    Raises:
+        ValueError: It is another kind of result, which would be widened to fit.
+    """
+    if (part.shape[1:], part.dtype) != (result.shape[1:], result.dtype):
+        raise ValueError(
+            "fn must return the same shape and dtype for any rows, "
+            f"got {tuple(part.shape)} of {part.dtype} beside {tuple(result.shape[1:])} of "
+            f"{result.dtype} for each row before"
+        )
+    result[rows] = part
 
 
 @dataclass(frozen=True, eq=False)

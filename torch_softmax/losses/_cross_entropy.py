@@ -6,16 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from ._autograd import (
-    Mask,
-    Sum,
-    Tensors,
-    chunked,
-    is_plain,
-    is_transformed,
-    may_take_gradients,
-    taken_along,
-)
+from .._transforms import is_plain, is_transformed
+from ._autograd import Mask, Sum, Tensors, chunked, may_take_gradients, taken_along
 from ._chunked import Total, sum_of_products
 from ._formulas import Factors, Numbers, product
 from ._operators import run_numbers, run_total

@@ -14,20 +14,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from .._transforms import is_plain, is_transformed
 from ._autograd import (
     Mask,
     Sum,
     Tensors,
     chunked,
-    is_plain,
-    is_transformed,
     may_take_gradients,
     merge,
     pulled_back,
     select,
     taken_along,
 )
-from ._chunked import Plan, Total, cut, slices, split
+from ._chunked import Plan, Total, cut, slices, split, write
 from ._dtypes import accumulation_dtype, cast
 from ._products import add_pulled_to_classes_, multiplied_in, pull_to_rows
 from ._sweeps import How, Inputs, Logits, later, put, sums_of
@@ -181,7 +180,7 @@ def _write(results: list[Tensor], values: tuple[Tensor, ...], rows: slice, count
     if not results:
         results += [value.new_empty((count, *value.shape[1:])) for value in values]
     for result, value in zip(results, values, strict=True):
-        result[rows] = value
+        write(result, rows, value)
 
 
 def _values(of: RowFunction, tensors: Tensors) -> tuple[Tensor, ...]:

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks as checks
+from .._transforms import is_differentiated
 from . import _formulas as formulas
-from ._autograd import Mask, Sum, Tensors, is_differentiated, may_take_gradients, taken_along
+from ._autograd import Mask, Sum, Tensors, may_take_gradients, taken_along
 from ._chunked import Total
 from ._dtypes import is_autocast
 from ._plan import plan_of

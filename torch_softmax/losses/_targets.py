@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
+from .._transforms import is_moving
 from ._formulas import Target
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -56,7 +57,7 @@ def options_of(
     checks.one_of("reduction", reduction, REDUCTIONS)
     if weight is not None:
         checks.floating("weight", weight)
-        if weight.requires_grad:
+        if is_moving(weight):
             raise ValueError("weight must not require a gradient, for the loss gives it none")
     if dtype is not None:
         checks.floating_dtype("dtype", dtype)
@@ -76,8 +77,10 @@ def row_options_of(row_weight: object, count: object) -> RowOptions:
     if count is None:
         return RowOptions(row_weight, None)
     if isinstance(count, Tensor) and count.dim() == 0:
-        if count.requires_grad:
+        if is_moving(count):
             raise ValueError("count must not require a gradient, for the loss gives it none")
+        if count.is_complex():
+            raise TypeError(f"count must be a real number, got {count.dtype}")
         return RowOptions(row_weight, count.detach())
     number = checks.number("count", count)
     checks.finite("count", number)

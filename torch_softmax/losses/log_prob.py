@@ -51,7 +51,7 @@ def row_log_probs(options: LogitOptions, z: Tensor, label: Tensor) -> tuple[Tens
     total = shares.sum(1)
     log_sum = total.log()
     entropy = log_sum - (shares * below).sum(1) / total
-    is_first = (z.argmax(1) == label).to(z.dtype)
+    is_first = ((z.argmax(1) == label) & ~gap.isnan()).to(z.dtype)
     return -(log_sum + gap), entropy, log_sum + top.squeeze(1), is_first
 
 

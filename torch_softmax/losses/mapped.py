@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _checks as checks
-from ._autograd import Tensors, at_rest, is_differentiated, is_in_func, is_moving
+from .._transforms import is_differentiated, is_in_func, is_moving
+from ._autograd import Tensors
 from ._cross_entropy import mean_over
 from ._dtypes import accumulation_dtype, outside_autocast, product_dtype, widest
 from ._mapped import RowFunction, logits_of, results_of, total_of
@@ -17,15 +19,12 @@ from ._sweeps import How
 from ._targets import REDUCTIONS
 from .linear import Layer, default_chunk_size
 
-# Rows that a function is tried on, to see what it returns.
-_TRIED = 2
-
 
 def map_logits(
     fn: Callable[..., Any],
     layers: Sequence[Layer],
     rows: Tensors,
-    shared: Tensors = (),
+    shared: Sequence[Tensor | None] = (),
     *,
     reduction: str = "none",
     chunk_size: int | None = None,
@@ -48,19 +47,19 @@ def map_logits(
     rows_in = (*(True for _ in rows), *(False for _ in shared))
     of = RowFunction(_checked(fn), len(layers), rows_in, 0, how_of(layers, chunk_size))
     with outside_autocast(first.input):
-        results, is_alone = _tried(fn, of, tensors)
-        of = replace(of, results=results)
-        if reduction != "none" and is_alone:
+        trial = _tried(fn, of, tensors)
+        of = replace(of, results=len(trial.dims))
+        if reduction != "none" and trial == _Trial((1,), True):
             values: tuple[Tensor, ...] = (total_of(of, tensors),)
         else:
             values = results_of(of, tensors)
             if reduction == "none":
-                values = tuple(value.reshape(*shape, *value.shape[1:]) for value in values)
+                values = tuple(value.reshape((*shape, *value.shape[1:])) for value in values)
             else:
                 values = tuple(value.sum(0) for value in values)
         if reduction == "mean":
             values = tuple(mean_over(value, count) for value in values)
-    return values[0] if is_alone else values
+    return values[0] if trial.is_alone else values
 
 
 def tensors_of(layers: Sequence[Layer]) -> Tensors:
@@ -77,13 +76,15 @@ def how_of(layers: Sequence[Layer], chunk_size: int | None) -> How:
     return How(step, dtype, dtype)
 
 
-def _check(layers: Sequence[Layer], rows: Tensors, shared: Tensors) -> None:
+def _check(layers: Sequence[Layer], rows: Tensors, shared: Sequence[Tensor | None]) -> None:
     """Raise unless the arguments fit together."""
     first, *_ = layers
     shape = first.input.shape[:-1]
     for layer in layers:
         checks.layer_of_two_dimensions(*layer)
         checks.leading("input", layer.input, shape)
+    if isinstance(shared, Tensor):
+        raise TypeError("shared must be a tuple of tensors, got a tensor")
     for name, tensors in (("rows", rows), ("shared", shared)):
         for tensor in tensors:
             if tensor is not None and not isinstance(tensor, Tensor):
@@ -99,6 +100,8 @@ def _checked(fn: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     def checked(logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
         results = fn(logits, *others)
         results = tuple(results) if isinstance(results, (tuple, list)) else (results,)
+        if not results:
+            raise TypeError("fn must return a tensor or some, got none")
         for result in results:
             if not isinstance(result, Tensor):
                 raise TypeError(f"fn must return tensors, got {type(result).__name__}")
@@ -112,23 +115,30 @@ def _checked(fn: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     return checked
 
 
-def _tried(fn: Callable[..., Any], of: RowFunction, tensors: Tensors) -> tuple[int, bool]:
-    """How many results a function has, and whether it is one alone, for the first few rows.
+class _Trial(NamedTuple):
+    """What a function was seen to return."""
+
+    dims: tuple[int, ...]  # of each result
+    is_alone: bool  # whether it returns one tensor, and no tuple
+
+
+def _tried(fn: Callable[..., Any], of: RowFunction, tensors: Tensors) -> _Trial:
+    """What a function returns for two rows, the first and the last.
 
     Raises:
         ValueError: It depends on a tensor that it was not given and that is differentiated, whose
-            gradient would silently be 0; or it draws random numbers, which would be others when it
-            is worked out again.
+            gradient would silently be 0; it draws random numbers, which would be others when it
+            is worked out again; or a row's result is another beside other rows.
     """
-    layers, others = of.parts([None if t is None else at_rest(t) for t in tensors])
-    (x, *_), *_ = layers
-    count = min(_TRIED, len(x)) or _TRIED
+    layers, others = of.parts([None if t is None else t.detach() for t in tensors])
     pairs = zip(others, of.rows_in, strict=True)
     given = (
-        *(logits_of(_first(x, count), W, b, of.how) for x, W, b in layers),
-        *(_first(t, count) if t is not None and is_row else t for t, is_row in pairs),
+        *(logits_of(_two(x), W, b, of.how) for x, W, b in layers),
+        *(_two(t) if t is not None and is_row else t for t, is_row in pairs),
     )
     will_differentiate = is_differentiated()
+    can_look = _can_look(tensors)
+    state = torch.get_rng_state() if can_look else None
     with torch.enable_grad():
         results = fn(*given)
         every = _checked(lambda *_: results)(*given)
@@ -137,21 +147,47 @@ def _tried(fn: Callable[..., Any], of: RowFunction, tensors: Tensors) -> tuple[i
                 "fn must not depend on a tensor that is differentiated and that it is not given: "
                 "pass it in shared, or in rows where it has a row for each row"
             )
-    if not torch.compiler.is_compiling() and not is_in_func():
+    if state is not None:
         again = of.fn(*given)
-        if not all(map(_are_same, every, again)):
+        is_random = not torch.equal(state, torch.get_rng_state())
+        if is_random or not all(map(_are_same, every, again)):
             raise ValueError(
-                "fn must return the same for the same rows, as it is worked out again for "
-                "gradients, got other numbers: pass random numbers in rows"
+                "fn must return the same for the same rows, and not write to them, as it is worked "
+                "out again for gradients, got other numbers: pass random numbers in rows"
             )
-    return len(every), isinstance(results, Tensor)
+        of_rows = (*(True for _ in layers), *of.rows_in)
+        row = (t if t is None or not r else t[:1] for t, r in zip(given, of_rows, strict=True))
+        for alone, beside in zip(of.fn(*row), every, strict=True):
+            if not _are_close(alone, beside[:1]):
+                raise ValueError(
+                    "fn must work out each row for itself, got other numbers for a row alone than "
+                    "for the same row beside another"
+                )
+    return _Trial(tuple(result.dim() for result in every), isinstance(results, Tensor))
 
 
-def _first(tensor: Tensor, count: int) -> Tensor:
-    """The first few rows of a tensor, or zeros where it has none."""
-    return tensor[:count] if len(tensor) else tensor.new_zeros(count, *tensor.shape[1:])
+def _can_look(tensors: Tensors) -> bool:
+    """Whether there are numbers to look at: outside of a compiler and of torch.func."""
+    if torch.compiler.is_compiling() or is_in_func():
+        return False
+    return not any(t is not None and (t.is_meta or isinstance(t, FakeTensor)) for t in tensors)
+
+
+def _two(tensor: Tensor) -> Tensor:
+    """The first and the last row of a tensor, or zeros where it has none."""
+    if not len(tensor):
+        return tensor.new_zeros(2, *tensor.shape[1:])
+    return torch.stack([tensor[0], tensor[-1]])
 
 
 def _are_same(a: Tensor, b: Tensor) -> bool:
     """Whether two results are the same numbers, or both nan."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are the same numbers but for rounding."""
+    if a.dtype != b.dtype or a.shape != b.shape or not a.is_floating_point():
+        return a.dtype == b.dtype and _are_same(a, b)
+    relative = torch.finfo(a.dtype).eps ** 0.5
+    return torch.allclose(a, b, rtol=relative, atol=relative / 10, equal_nan=True)

@@ -1,0 +1,61 @@
+"""What autograd and torch.func do with a tensor, which there is mostly no public way to ask."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
+
+
+def is_in_func() -> bool:
+    """Whether a transform of torch.func is at work, which there is no public way to ask."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, or a level of forward mode, is at work."""
+    return is_in_func() or forward_ad._current_level >= 0
+
+
+def is_differentiated() -> bool:
+    """Whether what is worked out now may be differentiated later."""
+    return torch.is_grad_enabled() or is_transformed()
+
+
+def is_moving(tensor: Tensor) -> bool:
+    """Whether a tensor is differentiated, in either mode and at any level."""
+    if tensor.requires_grad or (forward_ad._current_level >= 0 and _is_dual(tensor)):
+        return True
+    if torch.compiler.is_compiling() or not is_in_func():
+        return False
+    # A tangent is seen only from its own level: each one is left for the one below.
+    level = retrieve_current_functorch_interpreter()
+    if torch._C._functorch.maybe_get_level(tensor) == level.level():
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    with level.lower():
+        return is_moving(tensor)
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    # A batch can't be asked, but what it holds, once its level is left.
+    if torch._C._functorch.is_batchedtensor(tensor):
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether a tensor is no subclass with operators of its own, which buffers would not have."""
+    if tensor is None or type(tensor) in (Tensor, torch.nn.Parameter):
+        return True
+    dispatch = type(tensor).__torch_dispatch__
+    return dispatch is Tensor.__torch_dispatch__ or type(tensor).__name__ == "FakeTensor"
+
+
+def unwrapped(tensor: Any) -> Any:
+    """A tensor without what the transforms of torch.func put around it, outside of a compiler."""
+    if torch.compiler.is_compiling() or not is_in_func():
+        return tensor
+    while isinstance(tensor, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
