@@ -24,9 +24,10 @@ _ROWS_IN = (True, True, True, True, False, False)
 
 def changed(z: Tensor, options: LogitOptions) -> Tensor:
     """The logits z' that z become, first scaled and then capped."""
-    if options.logit_scale != 1:
-        z = z * options.logit_scale
-    return z if options.softcap is None else torch.tanh(z / options.softcap) * options.softcap
+    cap, scale = options.softcap, options.logit_scale
+    if cap is not None:
+        return torch.tanh(z * (scale / cap)) * cap
+    return z if scale == 1 else z * scale
 
 
 def row_losses(options: LogitOptions, z: Tensor, *others: Any) -> tuple[Tensor]:
