@@ -212,7 +212,7 @@ def _scale_and_cap(probe: Tensor, made: Tensor) -> tuple[float, float | None]:
         small, large, *_ = made.flatten().tolist()
         scale, cap = small / SMALL, None
         if not math.isclose(large, scale * LARGE, rel_tol=1e-3):
-            cap = abs(large)  # its tanh is 1
+            cap = abs(large) or None  # its tanh is 1
             if math.isclose(scale, 1, rel_tol=1e-6):  # but for what c tanh(z / c) rounds
                 scale = 1.0
         expected = changed(probe, LogitOptions(cap, scale)).to(made)
