@@ -112,6 +112,12 @@ def test_rows_that_all_count_for_nothing_have_no_curvature(plain, target):
         assert not result.any()
 
 
+def test_weights_that_add_up_to_0_have_no_factors():
+    H = HeadHessian(torch.eye(2), torch.zeros(3, 2), row_weight=torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match="row_weight must not add up to 0"):
+        H.factors()
+
+
 def test_no_rows_at_all(plain):
     H = HeadHessian(plain.input[:0], plain.linear_weight, weight_decay=2.0)
     u = plain.direction()
@@ -191,6 +197,28 @@ def test_nothing_given_is_written_to(head):
     H.trace()
     H.factors()
     check()
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight", "target", "linear_bias", "row_weight"])
+def test_a_change_in_place_of_what_was_given_raises(name):
+    given = {
+        "input": torch.randn(N, D),
+        "linear_weight": torch.randn(5, D),
+        "target": torch.zeros(N, dtype=torch.int64),
+        "linear_bias": torch.randn(5),
+        "row_weight": torch.rand(N),
+    }
+    H = HeadHessian(**given)
+    H.trace()
+    given[name] += 1
+    with pytest.raises(RuntimeError, match=f"^{name} must not be changed in place"):
+        H.trace()
+
+
+def test_tensors_of_inference_mode_are_fine():
+    with torch.inference_mode():
+        x, W = torch.randn(N, D), torch.randn(5, D)
+        assert_same(HeadHessian(x, W).trace(), HeadHessian(x.clone(), W.clone()).trace())
 
 
 # Dtypes.

@@ -77,6 +77,8 @@ class Data:
             ignore_index=checks.integer("ignore_index", ignore_index)
         )
         self.number: int | None = None  # of rows, once they were gone over
+        self.are_weighted = False  # whether some had a factor, once they were gone over
+        self.may_be_negative = True  # the factors
         self.batches: Batches
         if isinstance(input, Tensor):
             self.batches = [self.rows(input, target, row_weight)]
@@ -106,6 +108,10 @@ class Data:
         for batch in self.batches:
             rows = batch if self.are_given else self.rows(*_parts(batch))
             number += len(rows.x)
+            if rows.factor is not None:
+                self.are_weighted = True
+                if not self.may_be_negative and bool((rows.factor < 0).any()):
+                    raise ValueError("hessian must have row weights of at least 0, got one below")
             yield rows
         if self.number not in (None, number):
             raise ValueError(
