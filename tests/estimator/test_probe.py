@@ -61,6 +61,27 @@ def test_what_is_saved_predicts_as_the_test_says(files, iris, capsys, options):
     assert len(result["path"]) == 5
 
 
+def test_what_is_learnt_in_float64_is_saved_so(files):
+    assert run(files) == 0
+    saved = torch.load(files / "probe.pt", weights_only=True)
+    assert saved["linear"]["weight"].dtype == torch.float64
+
+
+def test_a_constant_stays_as_it_is_when_others_are_standardized():
+    X = np.stack([np.full(1000, 0.1), np.linspace(0, 1e-3, 1000)], 1)
+    _, scale = probe._moments(X)
+    assert scale[0] == 1
+    assert scale[1] == pytest.approx(1 / X[:, 1].std())
+
+
+@pytest.mark.parametrize("kind", ["str", "bytes"])
+def test_labels_of_another_kind_are_refused(files, iris, capsys, kind):
+    np.savez(files / "test.npz", X=iris[0][100:], y=iris[1][100:].astype(kind))
+    assert run(files) == 1
+    assert "must have labels of" in one_line(capsys)
+    assert not (files / "probe.pt").exists()
+
+
 @pytest.mark.parametrize("kind", ["npy", "pt"])
 def test_other_formats_are_the_same(files, iris, capsys, kind):
     X, y = iris[0][:100], iris[1][:100]
