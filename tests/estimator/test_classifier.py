@@ -223,7 +223,38 @@ def test_a_warm_start_needs_no_steps(iris):
     assert classifier.fit(*iris).n_iter_[0] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_low_precision_go_in(iris, dtype):
+    weight = torch.linspace(1, 2, 150).to(dtype)
+    classifier = SoftmaxClassifier().fit(*iris, sample_weight=weight)
+    expected = SoftmaxClassifier().fit(*iris, sample_weight=weight.double())
+    np.testing.assert_array_equal(classifier.coef_, expected.coef_)
+
+
+def test_tiny_weights_are_the_same_as_a_tiny_C(iris):
+    X, y = iris[0].astype(np.float32), iris[1]
+    weight = np.full(150, 1e-46)
+    scaled = SoftmaxClassifier(C=1e46).fit(X, y, sample_weight=weight)
+    np.testing.assert_allclose(scaled.coef_, SoftmaxClassifier().fit(X, y).coef_, atol=1e-3)
+
+
 # What a user is told
+
+
+@pytest.mark.parametrize("method", ["predict", "predict_proba", "decision_function"])
+def test_examples_beyond_the_dtype_are_refused(iris, method):
+    classifier = SoftmaxClassifier().fit(iris[0].astype(np.float32), iris[1])
+    with pytest.raises(ValueError, match=r"logits are finite in torch\.float32"):
+        getattr(classifier, method)(1e60 * iris[0])
+
+
+def test_a_fit_that_fails_leaves_the_one_before(iris):
+    X, y = iris
+    classifier = SoftmaxClassifier().fit(X, y)
+    expected = classifier.predict_proba(X)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        classifier.fit(X[:, :3], np.zeros(150))
+    np.testing.assert_array_equal(classifier.predict_proba(X), expected)
 
 
 def test_too_few_steps_are_told_of(iris):

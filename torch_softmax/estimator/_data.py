@@ -44,10 +44,14 @@ class Examples(NamedTuple):
         weight = None if self.weight is None else self.weight[index]
         return Examples(self.rows.take(index), self.y._replace(codes=self.y.codes[index]), weight)
 
+    @property
+    def total(self) -> float:
+        """Σw."""
+        return len(self.rows) if self.weight is None else float(self.weight.sum())
+
     def penalty(self, C: float) -> float:
         """λ: a mean loss is 1/Σw of the sum, and of two classes our rows are half as long."""
-        count = len(self.rows) if self.weight is None else float(self.weight.sum())
-        return (2 if len(self.y.classes) == 2 else 1) / (C * count)
+        return (2 if len(self.y.classes) == 2 else 1) / (C * self.total)
 
 
 def examples_of(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Examples:
@@ -174,7 +178,10 @@ def _class_weights(class_weight: Any, y: Labels, w: Tensor) -> Tensor:
 
 def as_array(value: Any) -> Any:
     """A tensor as an array, and all else as it is."""
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
 def _shared(array: Any) -> Tensor:
