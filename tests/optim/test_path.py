@@ -59,4 +59,4 @@ def test_penalties_may_lie_further_apart_than_a_float_tells(examples):
 @pytest.mark.parametrize("penalties", [[], [0.1, -1.0], [math.nan]])
 def test_penalties_that_are_none_are_refused(examples, penalties):
     with pytest.raises(ValueError, match=r"weight_decays must "):
-        next(penalty_path(new_model(), *examples, penalties))
+        penalty_path(new_model(), *examples, penalties)

@@ -71,10 +71,10 @@ def minimize(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes don't fit, a number is out of range, no example is left, the weights of
-            the examples have no finite sum, the model's
-            weight is computed from others (as by `weight_norm`) or on 'meta', the loss is not
-            finite at the start, or the squares of the input are not.
+        ValueError: Shapes don't fit, a number is out of range, no example is left, the sample
+            weights have no finite mean, the model's weight is computed from others (as by
+            `weight_norm`) or on 'meta', the loss is not finite at the start, or the squares of the
+            input are not.
 
     Example:
         >>> input = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
