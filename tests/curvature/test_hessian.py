@@ -178,6 +178,21 @@ def test_batches_of_another_number_of_rows_raise(plain):
         H.trace()
 
 
+def test_batches_of_other_rows_raise(plain):
+    batches = list(plain.input.split(4))
+    H = HeadHessian(batches, plain.linear_weight)
+    H.trace()
+    batches[0] = batches[0].flip(0) + 1e-3
+    with pytest.raises(ValueError, match=r"input must give the same rows .* got others"):
+        H.trace()
+
+
+def test_batches_may_come_in_any_order(plain):
+    rows = TensorDataset(plain.input)
+    H = HeadHessian(DataLoader(rows, batch_size=3, shuffle=True), plain.linear_weight)
+    assert_same(H.trace(), H.trace())
+
+
 def test_a_parameter_is_fine_and_results_have_no_gradient(plain):
     model = SoftmaxRegression(D, 5, bias=False, dtype=torch.float64)
     H = HeadHessian(plain.input.requires_grad_(), model.weight)
@@ -307,6 +322,8 @@ def test_logits_are_held_a_chunk_at_a_time(result):
         ("target", torch.zeros(N + 1).long(), ValueError),
         ("linear_weight", torch.ones(40, D + 1), ValueError),
         ("linear_weight", torch.ones(40, 2, D), ValueError),
+        ("linear_weight", torch.ones(0, D), ValueError),
+        ("linear_weight", torch.ones(40, 0), ValueError),
         ("linear_weight", None, TypeError),
         ("input", 3, TypeError),
     ],

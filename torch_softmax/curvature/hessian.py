@@ -77,7 +77,7 @@ class HeadHessian:
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes don't fit, a class index is out of range, or an option is unknown; or,
-            in a pass, the batches have another number of rows than in the pass before.
+            in a pass, the batches have other rows than in the pass before.
         NotImplementedError: `linear_weight` is sharded.
         RuntimeError: In a pass, a tensor that was given has been changed in place since.
 
@@ -178,6 +178,9 @@ class HeadHessian:
             diagonal: Whether to take only the diagonal of the factor of the classes, which is
                 (C, C) otherwise.
 
+        Raises:
+            ValueError: The row weights add up to 0.
+
         Example:
             >>> A, B = HeadHessian(torch.eye(2), torch.zeros(2, 2)).factors()
             >>> A
@@ -228,6 +231,7 @@ class HeadHessian:
             tolerance: The norm of each residual, as a part of that of its g.
 
         Raises:
+            ValueError: g, or what the Hessian is of, is not finite.
             UserError: The tolerance can't be reached: without damping there may be no solution, and
                 in float32 rounding may hide what is nearly flat, where float64 goes further.
 
@@ -280,6 +284,7 @@ class HeadHessian:
             k: Fewer than the numbers of weight and bias together.
 
         Raises:
+            ValueError: What the Hessian is of is not finite.
             UserError: SciPy is not installed.
 
         Example:
