@@ -1,6 +1,8 @@
 """`scripts/probe.py`: its table, what it saves, and what it says of files that it can't use."""
 
 import json
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -114,6 +116,7 @@ def bad_files():
         "lengths": ({"X": X, "y": y[:4]}, "must hold X (N, D) and y (N,), got (6, 2) and (4,)"),
         "one class": ({"X": X, "y": 0 * y}, "at least 2 classes"),
         "names": ({"a": X, "b": y}, "must hold X and y, got a, b"),
+        "words": ({"X": X.astype(str), "y": y}, "X of real numbers"),
         "empty": ({"X": X[:0], "y": y[:0]}, "at least one example"),
     }
 
@@ -129,8 +132,52 @@ def test_a_file_that_can_not_be_used_gets_one_line(tmp_path, capsys, kind):
     except SystemExit as ended:
         status = ended.code
     assert status in (1, 2)
-    assert message in one_line(capsys)
+    line = one_line(capsys)
+    assert message in line
+    assert str(path) in line
     assert not output.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"X": [[1.0], [2.0]], "y": [0, 1]}, "dense tensors or arrays"),
+        ({"X": torch.eye(2).to_sparse(), "y": torch.arange(2)}, "dense tensors or arrays"),
+        (torch.eye(2), "must hold X and y, got one Tensor"),
+    ],
+    ids=["lists", "sparse", "a tensor"],
+)
+def test_what_torch_has_saved_of_another_kind_gets_one_line(tmp_path, capsys, held, message):
+    torch.save(held, tmp_path / "train.pt")
+    assert probe.main([str(tmp_path / "train.pt"), *OPTIONS]) == 1
+    assert message in one_line(capsys)
+
+
+def test_one_array_alone_gets_one_line(tmp_path, capsys):
+    np.save(tmp_path / "X.npy", np.eye(2))
+    assert probe.main([str(tmp_path / "X.npy"), *OPTIONS]) == 1
+    assert "must hold X and y, got one ndarray" in one_line(capsys)
+
+
+def test_a_test_file_that_can_not_be_used_is_named(files, iris, capsys):
+    X, y = iris
+    np.savez(
+        files / "test.npz", X=np.where(np.arange(50)[:, None] == 3, np.nan, X[100:]), y=y[100:]
+    )
+    assert run(files) == 1
+    line = one_line(capsys)
+    assert str(files / "test.npz") in line
+    assert "NaN" in line
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith("torch_softmax.estimator"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SystemExit, match=r"^probe\.py: .* needs scikit-learn: pip install"):
+        runpy.run_path("scripts/probe.py")
 
 
 @pytest.mark.parametrize("content", [b"", b"no array", b"PK\x03\x04 broken"])

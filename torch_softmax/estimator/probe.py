@@ -98,7 +98,7 @@ def probe(args: argparse.Namespace) -> None:
     classifier = SoftmaxClassifierCV(
         Cs, cv=folds, verbose=sys.stderr.isatty(), device=choose_device(args.device)
     )
-    with _lines_of_warnings():
+    with _lines_of_warnings(), _errors_of(args.train):
         classifier.fit(Rows(train.X, shift, scale), train.y)
     sizes = torch.tensor([len(held) for _, held in folds], dtype=torch.float64)
     right = (torch.from_numpy(classifier.scores_) * sizes.unsqueeze(1)).sum(0).round()
@@ -110,7 +110,8 @@ def probe(args: argparse.Namespace) -> None:
         "C": classifier.C_,
     }
     if test is not None:
-        predicted = classifier.predict(Rows(test.X, shift, scale))
+        with _errors_of(args.test):
+            predicted = classifier.predict(Rows(test.X, shift, scale))
         correct = torch.tensor(int((predicted == np.asarray(test.y)).sum()))
         tested = proportion(correct.view(1), torch.tensor([len(predicted)]))
         result["test_accuracy"] = _numbers(tested, 0)
@@ -192,6 +193,15 @@ def _lines_of_warnings() -> Iterator[None]:
         str(warning.message) for warning in caught if warning.category is ConvergenceWarning
     ):
         print(f"probe.py: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Tell which file it is that the block can't use."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{name} can't be used: {str(error).splitlines()[0]}") from None
 
 
 def _save(classifier: SoftmaxClassifierCV, shift: Any, scale: Any, path: Path) -> None:
