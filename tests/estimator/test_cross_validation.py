@@ -117,6 +117,13 @@ def test_folds_that_are_none_are_refused(iris, cv, message):
         SoftmaxClassifierCV([1.0], cv=cv).fit(*iris)
 
 
+def test_a_score_of_tensors_is_that_of_arrays(iris):
+    X, y = iris
+    classifier = SoftmaxClassifierCV([1.0], scoring="neg_log_loss").fit(X, y)
+    score = classifier.score(torch.tensor(X), torch.tensor(y), torch.ones(150))
+    assert score == pytest.approx(classifier.score(X, y))
+
+
 def test_a_C_that_is_no_list_is_named(iris):
     with pytest.raises(TypeError, match=r"Cs must be a number of them or some numbers, got 1\.0"):
         SoftmaxClassifierCV(1.0).fit(*iris)

@@ -18,7 +18,7 @@ from ..losses._rows import Rows
 from ..modules import SoftmaxRegression
 from ..optim import Result, penalty_path
 from ._classifier import LinearSoftmax, SoftmaxClassifier
-from ._data import Examples, as_array, check_C, examples_of
+from ._data import Examples, as_array, check_C, examples_of, place_of
 from ._fit import check_parameters, fit_model, model_at, shortcoming
 
 
@@ -34,7 +34,8 @@ class SoftmaxClassifierCV(LinearSoftmax):
             `ShuffleSplit(1, test_size=0.1)` is a tenth held out.
         scoring: A name or a function as scikit-learn takes it; None for accuracy.
         refit: Whether to fit the best C to all examples; otherwise the coefficients are the mean
-            of those of the folds.
+            of those of the folds at that C, where `LogisticRegressionCV` takes each fold's own
+            best.
         verbose: Whether to show a progress bar.
         fit_intercept, class_weight, tol, max_iter, device, dtype: As in `SoftmaxClassifier`.
 
@@ -128,8 +129,9 @@ class SoftmaxClassifierCV(LinearSoftmax):
         """The score of `scoring`; the share of right predictions where that is None."""
         if self.scoring is None:
             return super().score(X, y, sample_weight)
-        options = {} if sample_weight is None else {"sample_weight": sample_weight}
-        return float(check_scoring(self, self.scoring)(self, X, y, **options))
+        options = {} if sample_weight is None else {"sample_weight": as_array(sample_weight)}
+        X = Rows(X) if isinstance(X, Tensor) else X  # whose predictions are arrays
+        return float(check_scoring(self, self.scoring)(self, X, as_array(y), **options))
 
     def _path(
         self, every: Examples, train: Any, Cs: list[float]
@@ -161,7 +163,7 @@ class SoftmaxClassifierCV(LinearSoftmax):
         if sample_weight is not None:
             weight = np.broadcast_to(np.asarray(as_array(sample_weight)), len(examples.y.codes))
             options["sample_weight"] = weight[test]
-        classifier = SoftmaxClassifier(device=self.device)
+        classifier = SoftmaxClassifier(device=place_of(self.device, X))
         classifier.classes_ = examples.y.classes
         for name in ("n_features_in_", "feature_names_in_"):
             if hasattr(self, name):
@@ -176,11 +178,10 @@ class SoftmaxClassifierCV(LinearSoftmax):
 
 
 def _taken(X: Any, index: Any) -> Any:
-    """Some of the examples, as a frame or a tensor where they are in one."""
-    if isinstance(X, Rows):
-        return X.take(torch.as_tensor(index))
-    if isinstance(X, Tensor):
-        return X[torch.as_tensor(index).to(X.device)]
+    """Some of the examples, as a frame where they are in one, or as rows of a tensor."""
+    if isinstance(X, Rows | Tensor):  # rows, as a score of scikit-learn is one of arrays
+        rows = X if isinstance(X, Rows) else Rows(X)
+        return rows.take(torch.as_tensor(index))
     return _safe_indexing(X, index) if hasattr(X, "columns") else np.asarray(X)[index]
 
 

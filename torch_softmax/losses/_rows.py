@@ -43,6 +43,8 @@ class Rows:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "x", as_tensor("x", self.x))
+        if self.x.layout != torch.strided:
+            raise TypeError(f"x must be dense, as its to_dense() is, got {self.x.layout}")
         if self.x.dim() != 2 or self.x.is_complex():
             raise ValueError(
                 f"x must be real and of shape (N, D), got {self.x.dtype} {tuple(self.x.shape)}"
