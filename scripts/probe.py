@@ -2,7 +2,10 @@
 
 import sys
 
-from torch_softmax.estimator.probe import main
+try:
+    from torch_softmax.estimator.probe import main
+except ImportError as error:  # of scikit-learn, as the line says
+    sys.exit(f"probe.py: {error}")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -112,6 +112,12 @@ def test_rows_that_all_count_for_nothing_have_no_curvature(plain, target):
         assert not result.any()
 
 
+def test_weights_that_add_up_to_0_have_no_factors():
+    H = HeadHessian(torch.eye(2), torch.zeros(3, 2), row_weight=torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match="row_weight must not add up to 0"):
+        H.factors()
+
+
 def test_no_rows_at_all(plain):
     H = HeadHessian(plain.input[:0], plain.linear_weight, weight_decay=2.0)
     u = plain.direction()
@@ -172,6 +178,21 @@ def test_batches_of_another_number_of_rows_raise(plain):
         H.trace()
 
 
+def test_batches_of_other_rows_raise(plain):
+    batches = list(plain.input.split(4))
+    H = HeadHessian(batches, plain.linear_weight)
+    H.trace()
+    batches[0] = batches[0].flip(0) + 1e-3
+    with pytest.raises(ValueError, match=r"input must give the same rows .* got others"):
+        H.trace()
+
+
+def test_batches_may_come_in_any_order(plain):
+    rows = TensorDataset(plain.input)
+    H = HeadHessian(DataLoader(rows, batch_size=3, shuffle=True), plain.linear_weight)
+    assert_same(H.trace(), H.trace())
+
+
 def test_a_parameter_is_fine_and_results_have_no_gradient(plain):
     model = SoftmaxRegression(D, 5, bias=False, dtype=torch.float64)
     H = HeadHessian(plain.input.requires_grad_(), model.weight)
@@ -191,6 +212,28 @@ def test_nothing_given_is_written_to(head):
     H.trace()
     H.factors()
     check()
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight", "target", "linear_bias", "row_weight"])
+def test_a_change_in_place_of_what_was_given_raises(name):
+    given = {
+        "input": torch.randn(N, D),
+        "linear_weight": torch.randn(5, D),
+        "target": torch.zeros(N, dtype=torch.int64),
+        "linear_bias": torch.randn(5),
+        "row_weight": torch.rand(N),
+    }
+    H = HeadHessian(**given)
+    H.trace()
+    given[name] += 1
+    with pytest.raises(RuntimeError, match=f"^{name} must not be changed in place"):
+        H.trace()
+
+
+def test_tensors_of_inference_mode_are_fine():
+    with torch.inference_mode():
+        x, W = torch.randn(N, D), torch.randn(5, D)
+        assert_same(HeadHessian(x, W).trace(), HeadHessian(x.clone(), W.clone()).trace())
 
 
 # Dtypes.
@@ -279,6 +322,8 @@ def test_logits_are_held_a_chunk_at_a_time(result):
         ("target", torch.zeros(N + 1).long(), ValueError),
         ("linear_weight", torch.ones(40, D + 1), ValueError),
         ("linear_weight", torch.ones(40, 2, D), ValueError),
+        ("linear_weight", torch.ones(0, D), ValueError),
+        ("linear_weight", torch.ones(40, 0), ValueError),
         ("linear_weight", None, TypeError),
         ("input", 3, TypeError),
     ],

@@ -1,5 +1,7 @@
 """Variances of logits under the Laplace approximation: those of the whole covariance matrix."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tests.curvature.conftest import D, Head
 from tests.curvature.dense import dense_hessian
 from tests.helpers import NewTensors, assert_same
 from torch_softmax.curvature import HeadHessian, predictive_variance
+from torch_softmax.curvature.laplace import STRUCTURES
 
 PRECISION = 0.7
 
@@ -74,6 +77,24 @@ def test_leading_dimensions_stay(head):
     expected = predictive_variance(H, x.flatten(0, 1), PRECISION).view(2, 3, 5)
     assert_same(predictive_variance(H, x, PRECISION), expected)
     assert predictive_variance(H, x[:, :0], PRECISION).shape == (2, 0, 5)
+
+
+def test_one_row_needs_no_dimension_of_its_own(head):
+    x, H = torch.randn(D, dtype=torch.float64), operator(head)
+    assert_same(predictive_variance(H, x, PRECISION), predictive_variance(H, x[None], PRECISION)[0])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_negative_row_weights_are_refused(structure):
+    H = HeadHessian(torch.ones(2, D), torch.ones(5, D), row_weight=torch.tensor([2.0, -1.0]))
+    with pytest.raises(ValueError, match="hessian must have row weights of at least 0"):
+        predictive_variance(H, torch.ones(2, D), PRECISION, structure=structure)
+
+
+def test_rows_that_are_not_finite_are_refused():
+    H = HeadHessian(torch.full((2, D), math.nan), torch.ones(5, D))
+    with pytest.raises(ValueError, match="hessian must be of finite rows"):
+        predictive_variance(H, torch.ones(2, D), PRECISION)
 
 
 @pytest.mark.parametrize("structure", ["kronecker", "diagonal"])

@@ -1,5 +1,7 @@
 """Linear systems and spectra: those of the whole matrix."""
 
+import math
+
 import pytest
 import torch
 
@@ -41,6 +43,31 @@ def test_every_residual_is_within_the_tolerance_of_its_own_right_side(problem):
     )
     assert (residuals <= 1.001e-3 * flat(g).norm(dim=1)).all()
     assert not u[3].any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_a_right_side_whose_squares_leave_float32_is_solved(size):
+    H = HeadHessian(torch.randn(30, D), torch.randn(4, D), weight_decay=0.1)
+    g = torch.randn(4, D)
+    torch.testing.assert_close(H.solve(size * g) / size, H.solve(g), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_right_side_that_is_not_finite_raises(value):
+    g = torch.ones(5, D)
+    g[1, 2] = value
+    with pytest.raises(ValueError, match="g must hold finite numbers"):
+        HeadHessian(torch.ones(2, D), torch.ones(5, D)).solve(g, 1.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("bias", [None, torch.zeros(5)], ids=["no bias", "bias"])
+def test_rows_whose_squares_are_not_finite_raise(value, bias):
+    x, g = torch.ones(2, D), torch.ones(5, D)
+    x[1, 2] = value
+    H = HeadHessian(x, torch.zeros(5, D), linear_bias=bias)
+    with pytest.raises(ValueError, match=r"whose products are finite in torch\.float32"):
+        H.solve(g if bias is None else (g, torch.ones(5)), 1.0)
 
 
 def test_a_gradient_needs_no_damping():
@@ -98,6 +125,18 @@ def test_eigenvalues_are_the_same_each_time(problem):
     pytest.importorskip("scipy")
     H, *_ = problem
     assert torch.equal(H.eigenvalues(3), H.eigenvalues(3))
+
+
+def test_eigenvalues_of_a_matrix_of_zeros_are_0():
+    pytest.importorskip("scipy")
+    assert HeadHessian(torch.zeros(2, D), torch.ones(5, D)).eigenvalues(3).tolist() == [0, 0, 0]
+
+
+def test_a_matrix_that_is_not_finite_has_no_eigenvalues():
+    pytest.importorskip("scipy")
+    H = HeadHessian(torch.full((2, D), math.nan), torch.ones(5, D))
+    with pytest.raises(ValueError, match="Hessian must be of finite rows"):
+        H.eigenvalues(3)
 
 
 @pytest.mark.parametrize(("k", "error"), [(0, ValueError), (5 * D, ValueError), (1.5, TypeError)])

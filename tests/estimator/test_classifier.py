@@ -223,7 +223,49 @@ def test_a_warm_start_needs_no_steps(iris):
     assert classifier.fit(*iris).n_iter_[0] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_low_precision_go_in(iris, dtype):
+    weight = torch.linspace(1, 2, 150).to(dtype)
+    classifier = SoftmaxClassifier().fit(*iris, sample_weight=weight)
+    expected = SoftmaxClassifier().fit(*iris, sample_weight=weight.double())
+    np.testing.assert_array_equal(classifier.coef_, expected.coef_)
+
+
+def test_labels_of_another_byte_order_are_predicted_for_tensors(iris):
+    X, y = torch.tensor(iris[0]), iris[1]
+    classifier = SoftmaxClassifier().fit(X, y.astype(">i4"))
+    assert (classifier.predict(X).numpy() == SoftmaxClassifier().fit(X, y).predict(X).numpy()).all()
+
+
+def test_dtypes_of_numpy_are_known(iris):
+    X = iris[0].astype(np.float32)
+    assert SoftmaxClassifier(dtype=np.float64).fit(X, iris[1]).coef_.dtype == np.float64
+
+
+def test_tiny_weights_are_the_same_as_a_tiny_C(iris):
+    X, y = iris[0].astype(np.float32), iris[1]
+    weight = np.full(150, 1e-46)
+    scaled = SoftmaxClassifier(C=1e46).fit(X, y, sample_weight=weight)
+    np.testing.assert_allclose(scaled.coef_, SoftmaxClassifier().fit(X, y).coef_, atol=1e-3)
+
+
 # What a user is told
+
+
+@pytest.mark.parametrize("method", ["predict", "predict_proba", "decision_function"])
+def test_examples_beyond_the_dtype_are_refused(iris, method):
+    classifier = SoftmaxClassifier().fit(iris[0].astype(np.float32), iris[1])
+    with pytest.raises(ValueError, match=r"logits are finite in torch\.float32"):
+        getattr(classifier, method)(1e60 * iris[0])
+
+
+def test_a_fit_that_fails_leaves_the_one_before(iris):
+    X, y = iris
+    classifier = SoftmaxClassifier().fit(X, y)
+    expected = classifier.predict_proba(X)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        classifier.fit(X[:, :3], np.zeros(150))
+    np.testing.assert_array_equal(classifier.predict_proba(X), expected)
 
 
 def test_too_few_steps_are_told_of(iris):
@@ -270,6 +312,7 @@ def test_float32_stops_where_rounding_does_without_a_warning(iris):
         ({"C": "1"}, TypeError, "C must be a float"),
         ({"tol": -1.0}, ValueError, "tol must be a finite number above 0"),
         ({"max_iter": 0}, ValueError, "max_iter must be at least 1"),
+        ({"device": "foo"}, ValueError, "device must be 'auto' or one of torch's, got 'foo'"),
         ({"dtype": "float16"}, ValueError, "dtype must be 'auto', 'float32' or 'float64'"),
         ({"class_weight": "heavy"}, ValueError, "class_weight must be a dict"),
     ],
@@ -288,3 +331,8 @@ def test_sparse_examples_are_refused_with_what_to_do(iris):
     sparse = pytest.importorskip("scipy.sparse")
     with pytest.raises(TypeError, match="toarray"):
         SoftmaxClassifier().fit(sparse.csr_matrix(iris[0]), iris[1])
+
+
+def test_sparse_tensors_are_refused_with_what_to_do(iris):
+    with pytest.raises(TypeError, match="to_dense"):
+        SoftmaxClassifier().fit(torch.tensor(iris[0]).to_sparse(), iris[1])

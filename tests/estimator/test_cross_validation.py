@@ -76,6 +76,59 @@ def test_tensors_and_rows_go_in(iris, make):
     np.testing.assert_array_equal(classifier.scores_, expected.scores_)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_every_C_is_scored_where_penalties_can_not_be_told_apart(iris):
+    classifier = SoftmaxClassifierCV([1e308, np.inf, 1.0], cv=3).fit(iris[0][50:], iris[1][50:])
+    assert (classifier.scores_ > 0.5).all()
+    assert (classifier.n_iter_[:, 0] > 0).all()
+
+
+def test_a_score_that_is_no_number_is_refused(iris):
+    classifier = SoftmaxClassifierCV([0.1, 1.0], scoring=lambda *_: np.nan)
+    with pytest.raises(ValueError, match=r"scoring must give numbers, got nan at C=0\.1"):
+        classifier.fit(*iris)
+
+
+def test_a_fit_that_fails_leaves_the_one_before(iris):
+    X, y = iris
+    classifier = SoftmaxClassifierCV([0.1, 1.0], cv=3).fit(X, y)
+    before = vars(classifier).copy()
+    with pytest.raises(ValueError, match="n_splits=3 cannot"):
+        classifier.fit(X[:, :3], np.arange(150) % 75)
+    assert vars(classifier) == before
+
+
+def test_a_weight_may_be_one_number(iris):
+    weighted = SoftmaxClassifierCV([0.1, 1.0], cv=3).fit(*iris, sample_weight=2.0)
+    alone = SoftmaxClassifierCV([0.2, 2.0], cv=3).fit(*iris)
+    np.testing.assert_array_equal(weighted.scores_, alone.scores_)
+
+
+@pytest.mark.parametrize(
+    ("cv", "message"),
+    [
+        ([], "cv must give at least one fold"),
+        ([(np.arange(0), np.arange(150))], "cv must give folds that train on examples"),
+    ],
+    ids=["no fold", "nothing to train on"],
+)
+def test_folds_that_are_none_are_refused(iris, cv, message):
+    with pytest.raises(ValueError, match=message):
+        SoftmaxClassifierCV([1.0], cv=cv).fit(*iris)
+
+
+def test_a_score_of_tensors_is_that_of_arrays(iris):
+    X, y = iris
+    classifier = SoftmaxClassifierCV([1.0], scoring="neg_log_loss").fit(X, y)
+    score = classifier.score(torch.tensor(X), torch.tensor(y), torch.ones(150))
+    assert score == pytest.approx(classifier.score(X, y))
+
+
+def test_a_C_that_is_no_list_is_named(iris):
+    with pytest.raises(TypeError, match=r"Cs must be a number of them or some numbers, got 1\.0"):
+        SoftmaxClassifierCV(1.0).fit(*iris)
+
+
 def test_a_progress_bar_is_shown_where_it_is_asked_for(iris, capsys):
     SoftmaxClassifierCV([1.0], cv=2).fit(*iris)
     assert capsys.readouterr().err == ""

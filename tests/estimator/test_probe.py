@@ -1,6 +1,8 @@
 """`scripts/probe.py`: its table, what it saves, and what it says of files that it can't use."""
 
 import json
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -61,6 +63,27 @@ def test_what_is_saved_predicts_as_the_test_says(files, iris, capsys, options):
     assert len(result["path"]) == 5
 
 
+def test_what_is_learnt_in_float64_is_saved_so(files):
+    assert run(files) == 0
+    saved = torch.load(files / "probe.pt", weights_only=True)
+    assert saved["linear"]["weight"].dtype == torch.float64
+
+
+def test_a_constant_stays_as_it_is_when_others_are_standardized():
+    X = np.stack([np.full(1000, 0.1), np.linspace(0, 1e-3, 1000)], 1)
+    _, scale = probe._moments(X)
+    assert scale[0] == 1
+    assert scale[1] == pytest.approx(1 / X[:, 1].std())
+
+
+@pytest.mark.parametrize("kind", ["str", "bytes"])
+def test_labels_of_another_kind_are_refused(files, iris, capsys, kind):
+    np.savez(files / "test.npz", X=iris[0][100:], y=iris[1][100:].astype(kind))
+    assert run(files) == 1
+    assert "must have labels of" in one_line(capsys)
+    assert not (files / "probe.pt").exists()
+
+
 @pytest.mark.parametrize("kind", ["npy", "pt"])
 def test_other_formats_are_the_same(files, iris, capsys, kind):
     X, y = iris[0][:100], iris[1][:100]
@@ -93,6 +116,7 @@ def bad_files():
         "lengths": ({"X": X, "y": y[:4]}, "must hold X (N, D) and y (N,), got (6, 2) and (4,)"),
         "one class": ({"X": X, "y": 0 * y}, "at least 2 classes"),
         "names": ({"a": X, "b": y}, "must hold X and y, got a, b"),
+        "words": ({"X": X.astype(str), "y": y}, "X of real numbers"),
         "empty": ({"X": X[:0], "y": y[:0]}, "at least one example"),
     }
 
@@ -108,8 +132,52 @@ def test_a_file_that_can_not_be_used_gets_one_line(tmp_path, capsys, kind):
     except SystemExit as ended:
         status = ended.code
     assert status in (1, 2)
-    assert message in one_line(capsys)
+    line = one_line(capsys)
+    assert message in line
+    assert str(path) in line
     assert not output.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"X": [[1.0], [2.0]], "y": [0, 1]}, "dense tensors or arrays"),
+        ({"X": torch.eye(2).to_sparse(), "y": torch.arange(2)}, "dense tensors or arrays"),
+        (torch.eye(2), "must hold X and y, got one Tensor"),
+    ],
+    ids=["lists", "sparse", "a tensor"],
+)
+def test_what_torch_has_saved_of_another_kind_gets_one_line(tmp_path, capsys, held, message):
+    torch.save(held, tmp_path / "train.pt")
+    assert probe.main([str(tmp_path / "train.pt"), *OPTIONS]) == 1
+    assert message in one_line(capsys)
+
+
+def test_one_array_alone_gets_one_line(tmp_path, capsys):
+    np.save(tmp_path / "X.npy", np.eye(2))
+    assert probe.main([str(tmp_path / "X.npy"), *OPTIONS]) == 1
+    assert "must hold X and y, got one ndarray" in one_line(capsys)
+
+
+def test_a_test_file_that_can_not_be_used_is_named(files, iris, capsys):
+    X, y = iris
+    np.savez(
+        files / "test.npz", X=np.where(np.arange(50)[:, None] == 3, np.nan, X[100:]), y=y[100:]
+    )
+    assert run(files) == 1
+    line = one_line(capsys)
+    assert str(files / "test.npz") in line
+    assert "NaN" in line
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith("torch_softmax.estimator"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SystemExit, match=r"^probe\.py: .* needs scikit-learn: pip install"):
+        runpy.run_path("scripts/probe.py")
 
 
 @pytest.mark.parametrize("content", [b"", b"no array", b"PK\x03\x04 broken"])

@@ -332,6 +332,28 @@ def test_an_example_of_weight_0_is_not_looked_at(examples):
     assert_same_parameters(with_it, without, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-46, 1e60])
+def test_the_size_of_the_weights_makes_no_difference_in_float32(examples, size):
+    input, target = examples[0].float(), examples[1]
+    weight = torch.rand(len(target), dtype=torch.float64)
+    one, other = new_model(torch.float32), new_model(torch.float32)
+    newton.minimize(one, input, target, WEIGHT_DECAY, sample_weight=weight)
+    newton.minimize(other, input, target, WEIGHT_DECAY, sample_weight=size * weight)
+    assert_same_parameters(other, one, rtol=0, atol=1e-4)
+
+
+def test_weights_without_a_finite_sum_are_refused(examples):
+    weight = torch.full((len(examples[1]),), 1e308, dtype=torch.float64)
+    with pytest.raises(ValueError, match="sample_weight must have a finite mean above 0, got inf"):
+        newton.minimize(new_model(), *examples, WEIGHT_DECAY, sample_weight=weight)
+
+
+def test_complex_weights_are_refused(examples):
+    weight = torch.ones(len(examples[1]), dtype=torch.complex64)
+    with pytest.raises(TypeError, match="sample_weight must hold real numbers"):
+        newton.minimize(new_model(), *examples, WEIGHT_DECAY, sample_weight=weight)
+
+
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_a_weight_that_is_none_is_refused(examples, value):
     weight = torch.ones(len(examples[1]))
@@ -382,6 +404,14 @@ def test_rows_of_any_dtype_are_the_examples_that_they_stand_for(digits, dtype, a
     newton.minimize(ours, rows, target, WEIGHT_DECAY, tolerance=1e-10)
     newton.minimize(plain, (pixels.double() - mean) / 16, target, WEIGHT_DECAY, tolerance=1e-10)
     assert_same_parameters(ours, plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float64])
+def test_rows_are_shifted_before_they_are_rounded(dtype):
+    x = torch.tensor([[10**9 + 1], [10**9 + 2]]).to(dtype)
+    rows = Rows(x, shift=1e9, scale=0.5).read(slice(0, 2))
+    assert rows.dtype == torch.float32
+    assert rows.tolist() == [[0.5], [1.0]]
 
 
 def test_softmaxes_that_do_not_fit_are_worked_out_again(examples, monkeypatch):

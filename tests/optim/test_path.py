@@ -51,7 +51,12 @@ def test_steps_of_every_penalty_are_reported(examples):
     ]
 
 
+def test_penalties_may_lie_further_apart_than_a_float_tells(examples):
+    path = list(penalty_path(new_model(), *examples, [1e150, 1e149, 1e-200]))
+    assert all(fitted.result.converged for fitted in path)
+
+
 @pytest.mark.parametrize("penalties", [[], [0.1, -1.0], [math.nan]])
 def test_penalties_that_are_none_are_refused(examples, penalties):
     with pytest.raises(ValueError, match=r"weight_decays must "):
-        next(penalty_path(new_model(), *examples, penalties))
+        penalty_path(new_model(), *examples, penalties)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _checks as checks
@@ -11,6 +12,9 @@ from ..losses._dtypes import accumulation_dtype, cast, widest
 from ..losses._targets import NO_OPTIONS, fold
 
 Batches = Iterable[Any]
+
+# The part of Σ |x| that an order of its terms may change: what is more are other rows.
+_SAME = 1e-8
 
 
 class Rows(NamedTuple):
@@ -42,8 +46,11 @@ def layer_of(linear_weight: object, linear_bias: object, input: object) -> Layer
             )
     if linear_weight.dim() != 2:
         raise ValueError(f"linear_weight must have shape (C, D), got {tuple(linear_weight.shape)}")
-    if len(linear_weight) == 0:
-        raise ValueError("linear_weight must have at least one class, got none")
+    if 0 in linear_weight.shape:
+        raise ValueError(
+            "linear_weight must have at least one class and one feature, "
+            f"got {tuple(linear_weight.shape)}"
+        )
     checks.linear_layer(linear_weight, linear_weight, linear_bias)
     assert linear_bias is None or isinstance(linear_bias, Tensor)
     given = [t for t in (linear_weight, linear_bias, input) if isinstance(t, Tensor)]
@@ -77,6 +84,9 @@ class Data:
             ignore_index=checks.integer("ignore_index", ignore_index)
         )
         self.number: int | None = None  # of rows, once they were gone over
+        self.size = 0.0  # Σ |x| of these batches
+        self.are_weighted = False  # whether some had a factor, once they were gone over
+        self.may_be_negative = True  # the factors
         self.batches: Batches
         if isinstance(input, Tensor):
             self.batches = [self.rows(input, target, row_weight)]
@@ -100,19 +110,32 @@ class Data:
         """The rows of each batch.
 
         Raises:
-            ValueError: There are more or fewer than the time before.
+            ValueError: They are others than the time before.
         """
         number = 0
+        sizes: list[Tensor] = []
         for batch in self.batches:
             rows = batch if self.are_given else self.rows(*_parts(batch))
             number += len(rows.x)
+            if not self.are_given:
+                sizes.append(rows.x.abs().sum(dtype=torch.float64))
+            if rows.factor is not None:
+                self.are_weighted = True
+                if not self.may_be_negative and bool((rows.factor < 0).any()):
+                    raise ValueError("hessian must have row weights of at least 0, got one below")
             yield rows
         if self.number not in (None, number):
             raise ValueError(
                 "input must give the same rows each time, as one operator is a sum over them, "
                 f"got {number} where there were {self.number}"
             )
-        self.number = number
+        size = float(sum(sizes))
+        if self.number is not None and abs(size - self.size) > _SAME * self.size:
+            raise ValueError(
+                "input must give the same rows each time, as one operator is a sum over them, got "
+                "others: a DataLoader must not have both shuffle and drop_last"
+            )
+        self.number, self.size = number, size
 
     def rows(
         self, input: Tensor, target: Tensor | None = None, row_weight: Tensor | None = None

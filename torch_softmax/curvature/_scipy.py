@@ -50,5 +50,10 @@ def largest_eigenvalues(operator: "LinearOperator", k: int) -> Tensor:
     # A start of its own, so that the same operator has the same eigenvalues to the last bit.
     start = torch.randn(size, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
     v0 = start.numpy().astype(operator.dtype)
+    product = torch.from_numpy(operator.matvec(v0))
+    if not bool(product.isfinite().all()):
+        raise ValueError("the Hessian must be of finite rows and parameters, got others")
+    if not bool(product.any()):  # which a random vector has of a matrix of zeros alone
+        return product[:k]
     values = eigsh(operator, k, which="LA", v0=v0, return_eigenvectors=False)
     return torch.from_numpy(values).sort(descending=True).values

@@ -30,10 +30,16 @@ def solved(
     """The u (M, C, P) whose product is the right-hand side, each within a part of its norm.
 
     Raises:
+        ValueError: The right-hand side is not finite.
         UserError: Rounding, or a matrix without an inverse, keeps it from that.
     """
-    sizes = right.flatten(1).norm(dim=1)
-    g = right / torch.where(sizes > 0, sizes, 1).view(-1, 1, 1)
+    if not bool(right.isfinite().all()):
+        raise ValueError("g must hold finite numbers, got others")
+    largest = right.abs().amax((1, 2), keepdim=True)
+    # The squares of a norm would leave the range of float32 where the numbers do not.
+    g = right / torch.where(largest > 0, largest, 1)
+    norms = g.norm(dim=(1, 2), keepdim=True)
+    g = g / torch.where(norms > 0, norms, 1)
     u, residual, products, worst = torch.zeros_like(g), g, 0, 1.0
 
     def stacked(v: Tensor) -> Tensor:
@@ -48,7 +54,7 @@ def solved(
         products += step.products
         before, worst = worst, float(residual.flatten(1).norm(dim=1).amax())
         if worst <= tolerance:
-            return u.mul_(sizes.view(-1, 1, 1))
+            return u.mul_(norms).mul_(largest)
         if not worst < before:
             break
     raise UserError(

@@ -77,8 +77,9 @@ class HeadHessian:
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes don't fit, a class index is out of range, or an option is unknown; or,
-            in a pass, the batches have another number of rows than in the pass before.
+            in a pass, the batches have other rows than in the pass before.
         NotImplementedError: `linear_weight` is sharded.
+        RuntimeError: In a pass, a tensor that was given has been changed in place since.
 
     Example:
         >>> H = HeadHessian(torch.eye(2), torch.zeros(3, 2))
@@ -115,6 +116,13 @@ class HeadHessian:
         self.layer = layer_of(linear_weight, linear_bias, input)
         self.how = how_of(self.layer, checks.chunk_size(chunk_size))
         self.data = Data(input, target, row_weight, ignore_index, self.layer)
+        given = {"input": input, "target": target, "row_weight": row_weight}
+        given |= {"linear_weight": linear_weight, "linear_bias": linear_bias}
+        self.given = {  # with the number of changes in place, which inference tensors don't count
+            name: (value, value._version)
+            for name, value in given.items()
+            if isinstance(value, Tensor) and not value.is_inference()
+        }
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -170,6 +178,9 @@ class HeadHessian:
             diagonal: Whether to take only the diagonal of the factor of the classes, which is
                 (C, C) otherwise.
 
+        Raises:
+            ValueError: The row weights add up to 0.
+
         Example:
             >>> A, B = HeadHessian(torch.eye(2), torch.zeros(2, 2)).factors()
             >>> A
@@ -204,6 +215,8 @@ class HeadHessian:
             of_classes = -outer.of_classes
             # On the diagonal, S − S² would be a small difference of large numbers.
             of_classes.diagonal().copy_(outer.diagonal)
+        if self.data.are_weighted and not bool(weight) and bool(of_input.any() | of_classes.any()):
+            raise ValueError("row_weight must not add up to 0, which the factors are divided by")
         return Kronecker(of_input / torch.where(weight == 0, 1, weight), of_classes)
 
     def solve(self, g: Given, damping: float = 0.0, *, tolerance: float = 1e-4) -> Given:
@@ -218,6 +231,7 @@ class HeadHessian:
             tolerance: The norm of each residual, as a part of that of its g.
 
         Raises:
+            ValueError: g, or what the Hessian is of, is not finite.
             UserError: The tolerance can't be reached: without damping there may be no solution, and
                 in float32 rounding may hide what is nearly flat, where float64 goes further.
 
@@ -270,6 +284,7 @@ class HeadHessian:
             k: Fewer than the numbers of weight and bias together.
 
         Raises:
+            ValueError: What the Hessian is of is not finite.
             UserError: SciPy is not installed.
 
         Example:
@@ -309,6 +324,12 @@ class HeadHessian:
                 "M directions as (M, C, D), and what is to be differentiated is a product by "
                 "torch.func of functional.linear_cross_entropy"
             )
+        for name, (value, version) in self.given.items():
+            if value._version != version:
+                raise RuntimeError(
+                    f"{name} must not be changed in place as long as its HeadHessian is used: "
+                    "make a new one, or give it a clone"
+                )
         counted = 0
         with outside_autocast(self.layer.W):
             for rows in self.data:

@@ -44,7 +44,8 @@ def predictive_variance(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes don't fit, a number is out of range, or the Hessian has a weight decay.
+        ValueError: Shapes don't fit, a number is out of range, or the Hessian has a weight decay,
+            negative row weights or numbers that are not finite.
 
     Example:
         >>> hessian = HeadHessian(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))
@@ -69,14 +70,15 @@ def predictive_variance(
     x = hessian.data.rows(input).x
     summed = copy.copy(hessian)
     summed.reduction = "sum"
+    summed.data = copy.copy(hessian.data)
+    summed.data.may_be_negative = False  # as a matrix that isn't positive has no such variances
     make = _diagonal if structure == "diagonal" else _kronecker
     with outside_autocast(x):
         variance_of = make(summed, precision, structure)
         variances = [
             variance_of(cast(x[part], hessian.dtype)) for part in slices(len(x), hessian.how.step)
         ]
-    every: Tensor = torch.cat(variances).unflatten(0, input.shape[:-1])
-    return every
+    return torch.cat(variances).reshape(*input.shape[:-1], len(hessian.layer.W))
 
 
 def _diagonal(hessian: HeadHessian, precision: float, _: str) -> Callable[[Tensor], Tensor]:
@@ -102,6 +104,8 @@ def _kronecker(
     Their eigenvalues and eigenvectors are A = U diag(a) Uᵀ and B = V diag(b) Vᵀ.
     """
     A, B = hessian.factors(diagonal=structure == "kronecker-diagonal")
+    if not all(bool(factor.isfinite().all()) for factor in (A, B)):
+        raise ValueError("hessian must be of finite rows and parameters, got others")
     a, U = torch.linalg.eigh(A.double())
     b, V = (B.double(), None) if B.dim() == 1 else torch.linalg.eigh(B.double())
     # Rounding makes some below 0 of those that are 0.

@@ -1,5 +1,6 @@
 """`SoftmaxClassifier`: softmax regression with scikit-learn's objective, shapes and names."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -76,7 +77,23 @@ class LinearSoftmax(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         rows = rows.to(device, W.dtype)
         parts = slices(len(rows), max(1, _SCORED // rows.features))
         z = torch.cat([torch.addmm(b, rows.read(part), W.t()) for part in parts])
+        if not bool(z.isfinite().all()):
+            raise ValueError(
+                f"X must hold numbers whose logits are finite in {W.dtype}, got others"
+            )
         return z.squeeze(1) if len(self.classes_) == 2 else z
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> list[str | None]:
+        """Go to the optimum, and return what a user has to know of it."""
+        raise NotImplementedError
+
+    def _fit_or_stay(self, X: Any, y: Any, sample_weight: Any) -> None:
+        """Fit, and warn of what a user has to know; an estimator that can't be stays as it was."""
+        fitted = copy.copy(self)
+        problems = fitted._fit(X, y, sample_weight)
+        self.__dict__ = fitted.__dict__
+        for problem in dict.fromkeys(filter(None, problems)):
+            warnings.warn(problem, ConvergenceWarning, stacklevel=3)
 
     def _keep(self, model: SoftmaxRegression, like: Any) -> None:
         """Have the coefficients of a model: tensors for tensors, and arrays otherwise."""
@@ -163,6 +180,10 @@ class SoftmaxClassifier(LinearSoftmax):
         Warns:
             ConvergenceWarning: The optimum was not reached, or is not finite.
         """
+        self._fit_or_stay(X, y, sample_weight)
+        return self
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> list[str | None]:
         check_parameters(self)
         C = check_C("C", self.C)
         examples = examples_of(self, X, y, sample_weight)
@@ -173,9 +194,7 @@ class SoftmaxClassifier(LinearSoftmax):
         self._keep(model, X)
         self.n_iter_ = np.array([result.steps], dtype=np.int32)
         self.result_ = result
-        if (problem := shortcoming(result, examples, C, self.tol)) is not None:
-            warnings.warn(problem, ConvergenceWarning, stacklevel=2)
-        return self
+        return [shortcoming(result, examples, C, self.tol)]
 
 
 def _like(X: Any, value: Tensor) -> Any:

@@ -1,13 +1,12 @@
 """`SoftmaxClassifierCV`: the penalty that predicts best, by paths over the folds."""
 
+import math
 import numbers
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
 from sklearn.utils import _safe_indexing
@@ -19,7 +18,7 @@ from ..losses._rows import Rows
 from ..modules import SoftmaxRegression
 from ..optim import Result, penalty_path
 from ._classifier import LinearSoftmax, SoftmaxClassifier
-from ._data import Examples, as_array, check_C, examples_of
+from ._data import Examples, as_array, check_C, examples_of, place_of
 from ._fit import check_parameters, fit_model, model_at, shortcoming
 
 
@@ -35,7 +34,8 @@ class SoftmaxClassifierCV(LinearSoftmax):
             `ShuffleSplit(1, test_size=0.1)` is a tenth held out.
         scoring: A name or a function as scikit-learn takes it; None for accuracy.
         refit: Whether to fit the best C to all examples; otherwise the coefficients are the mean
-            of those of the folds.
+            of those of the folds at that C, where `LogisticRegressionCV` takes each fold's own
+            best.
         verbose: Whether to show a progress bar.
         fit_intercept, class_weight, tol, max_iter, device, dtype: As in `SoftmaxClassifier`.
 
@@ -84,15 +84,24 @@ class SoftmaxClassifierCV(LinearSoftmax):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "SoftmaxClassifierCV":
         """Find the best C, and go to its optimum; the arguments are those of SoftmaxClassifier.fit.
 
+        Raises:
+            ValueError: As SoftmaxClassifier.fit does; or there is no fold, or no score of one.
+
         Warns:
             ConvergenceWarning: Some optimum was not reached, or is not finite.
         """
+        self._fit_or_stay(X, y, sample_weight)
+        return self
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> list[str | None]:
         check_parameters(self)
         Cs = _values(self.Cs)
         every = examples_of(self, X, y, sample_weight)
         self.classes_ = every.y.classes
         index = every.y.codes.numpy()
         folds = list(check_cv(self.cv, index, classifier=True).split(index, index))
+        if not folds:
+            raise ValueError("cv must give at least one fold, got none")
         self.Cs_ = np.array(Cs)
         self.scores_ = np.zeros((len(folds), len(Cs)))
         self.n_iter_ = np.zeros((len(folds), len(Cs)), dtype=np.int32)
@@ -101,10 +110,11 @@ class SoftmaxClassifierCV(LinearSoftmax):
         with tqdm(total=self.scores_.size, unit="fit", disable=not self.verbose) as bar:
             for fold, (train, test) in enumerate(folds):
                 score = self._scorer(X, every, sample_weight, test)
-                for C, model, result in self._path(every.take(torch.as_tensor(train)), Cs):
-                    at = fold, Cs.index(C)
+                for at, (C, model, result) in enumerate(self._path(every, train, Cs)):
                     means[C] = model if fold == 0 else _mean(means[C], model, fold)
-                    self.scores_[at], self.n_iter_[at] = score(model), result.steps
+                    self.scores_[fold, at], self.n_iter_[fold, at] = score(model), result.steps
+                    if math.isnan(self.scores_[fold, at]):
+                        raise ValueError(f"scoring must give numbers, got nan at C={C:g}")
                     problems.append(shortcoming(result, every, C, self.tol))
                     bar.update()
         self.C_ = Cs[int(self.scores_.mean(0).argmax())]
@@ -113,34 +123,35 @@ class SoftmaxClassifierCV(LinearSoftmax):
             result = fit_model(model, every, self.C_, self)
             problems.append(shortcoming(result, every, self.C_, self.tol))
         self._keep(model, X)
-        for problem in dict.fromkeys(filter(None, problems)):
-            warnings.warn(problem, ConvergenceWarning, stacklevel=2)
-        return self
+        return problems
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The score of `scoring`; the share of right predictions where that is None."""
         if self.scoring is None:
             return super().score(X, y, sample_weight)
-        options = {} if sample_weight is None else {"sample_weight": sample_weight}
-        return float(check_scoring(self, self.scoring)(self, X, y, **options))
+        options = {} if sample_weight is None else {"sample_weight": as_array(sample_weight)}
+        X = Rows(X) if isinstance(X, Tensor) else X  # whose predictions are arrays
+        return float(check_scoring(self, self.scoring)(self, X, as_array(y), **options))
 
     def _path(
-        self, examples: Examples, Cs: list[float]
+        self, every: Examples, train: Any, Cs: list[float]
     ) -> Iterator[tuple[float, SoftmaxRegression, Result]]:
-        """A model for each C, from the strongest penalty on."""
-        by_penalty = {examples.penalty(C): C for C in Cs}
+        """A model of some examples for each C, from the strongest penalty on."""
+        examples = every.take(torch.as_tensor(train))
+        if not examples.total > 0:
+            raise ValueError("cv must give folds that train on examples of a weight above 0")
         path = penalty_path(
             model_at(None, examples, self.fit_intercept),
             examples.rows,
             examples.y.codes,
-            by_penalty,
+            [examples.penalty(C) for C in Cs],
             sample_weight=examples.weight,
             tolerance=self.tol,
             weight_tolerance=self.tol,
             max_steps=self.max_iter,
         )
-        for penalty, model, result in path:
-            yield by_penalty[penalty], model, result
+        for C, (_, model, result) in zip(Cs, path, strict=True):
+            yield C, model, result
 
     def _scorer(
         self, X: Any, examples: Examples, sample_weight: Any, test: Any
@@ -150,8 +161,9 @@ class SoftmaxClassifierCV(LinearSoftmax):
         y = examples.y.classes[examples.y.codes.numpy()[test]]
         options = {}
         if sample_weight is not None:
-            options["sample_weight"] = np.asarray(as_array(sample_weight))[test]
-        classifier = SoftmaxClassifier(device=self.device)
+            weight = np.broadcast_to(np.asarray(as_array(sample_weight)), len(examples.y.codes))
+            options["sample_weight"] = weight[test]
+        classifier = SoftmaxClassifier(device=place_of(self.device, X))
         classifier.classes_ = examples.y.classes
         for name in ("n_features_in_", "feature_names_in_"):
             if hasattr(self, name):
@@ -166,11 +178,10 @@ class SoftmaxClassifierCV(LinearSoftmax):
 
 
 def _taken(X: Any, index: Any) -> Any:
-    """Some of the examples, as a frame or a tensor where they are in one."""
-    if isinstance(X, Rows):
-        return X.take(torch.as_tensor(index))
-    if isinstance(X, Tensor):
-        return X[torch.as_tensor(index).to(X.device)]
+    """Some of the examples, as a frame where they are in one, or as rows of a tensor."""
+    if isinstance(X, Rows | Tensor):  # rows, as a score of scikit-learn is one of arrays
+        rows = X if isinstance(X, Rows) else Rows(X)
+        return rows.take(torch.as_tensor(index))
     return _safe_indexing(X, index) if hasattr(X, "columns") else np.asarray(X)[index]
 
 
@@ -179,7 +190,11 @@ def _values(Cs: Any) -> list[float]:
     if isinstance(Cs, numbers.Integral):
         checks.positive("Cs", Cs)
         return [float(C) for C in np.logspace(-4, 4, int(Cs))]
-    values = sorted({check_C("Cs", C) for C in Cs})
+    try:
+        given = list(Cs)
+    except TypeError:
+        raise TypeError(f"Cs must be a number of them or some numbers, got {Cs!r}") from None
+    values = sorted({check_C("Cs", C) for C in given})
     if not values:
         raise ValueError("Cs must hold at least one number, got none")
     return values

@@ -44,10 +44,14 @@ class Examples(NamedTuple):
         weight = None if self.weight is None else self.weight[index]
         return Examples(self.rows.take(index), self.y._replace(codes=self.y.codes[index]), weight)
 
+    @property
+    def total(self) -> float:
+        """Σw."""
+        return len(self.rows) if self.weight is None else float(self.weight.sum())
+
     def penalty(self, C: float) -> float:
         """λ: a mean loss is 1/Σw of the sum, and of two classes our rows are half as long."""
-        count = len(self.rows) if self.weight is None else float(self.weight.sum())
-        return (2 if len(self.y.classes) == 2 else 1) / (C * count)
+        return (2 if len(self.y.classes) == 2 else 1) / C / self.total
 
 
 def examples_of(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Examples:
@@ -70,7 +74,10 @@ def check_C(name: str, value: Any) -> float:
 def place_of(device: Any, X: Any) -> torch.device:
     """Where to work: where a tensor is, or on a GPU if there is one."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device must be 'auto' or one of torch's, got {device!r}") from None
     if isinstance(X, Tensor):
         return X.device
     found = choose_device("auto")
@@ -80,7 +87,7 @@ def place_of(device: Any, X: Any) -> torch.device:
 def dtype_of(dtype: Any, X: Tensor) -> torch.dtype:
     """The dtype of the products: float32 for examples of that or less, float64 for the others."""
     if dtype != "auto":
-        chosen = DTYPES.get(str(dtype).removeprefix("torch."))
+        chosen = DTYPES.get(getattr(dtype, "__name__", str(dtype)).removeprefix("torch."))
         if chosen is None:
             raise ValueError(f"dtype must be 'auto', 'float32' or 'float64', got {dtype!r}")
         return chosen
@@ -136,6 +143,7 @@ def labels(y: Any, count: int) -> Labels:
             "This solver needs samples of at least 2 classes in the data, "
             f"but the data contains only one class: {classes[0]!r}"
         )
+    classes = classes.astype(classes.dtype.newbyteorder("="), copy=False)  # as torch wants it
     return Labels(classes, torch.from_numpy(index.astype(np.int64)))
 
 
@@ -174,7 +182,10 @@ def _class_weights(class_weight: Any, y: Labels, w: Tensor) -> Tensor:
 
 def as_array(value: Any) -> Any:
     """A tensor as an array, and all else as it is."""
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
 def _shared(array: Any) -> Tensor:

@@ -91,17 +91,14 @@ def probe(args: argparse.Namespace) -> None:
     checks.seed("seed", args.seed)
     train = read_file(args.train)
     test = None if args.test is None else read_file(args.test)
-    if test is not None and test.X.shape[1] != train.X.shape[1]:
-        raise UserError(
-            f"{args.test} must have {train.X.shape[1]} features as {args.train} has, "
-            f"got {test.X.shape[1]}"
-        )
+    if test is not None:
+        _check_alike(train, test, args)
     folds = _folds(train, args)
     shift, scale = _moments(train.X) if args.standardize else (0.0, 1.0)
     classifier = SoftmaxClassifierCV(
         Cs, cv=folds, verbose=sys.stderr.isatty(), device=choose_device(args.device)
     )
-    with _lines_of_warnings():
+    with _lines_of_warnings(), _errors_of(args.train):
         classifier.fit(Rows(train.X, shift, scale), train.y)
     sizes = torch.tensor([len(held) for _, held in folds], dtype=torch.float64)
     right = (torch.from_numpy(classifier.scores_) * sizes.unsqueeze(1)).sum(0).round()
@@ -113,7 +110,8 @@ def probe(args: argparse.Namespace) -> None:
         "C": classifier.C_,
     }
     if test is not None:
-        predicted = classifier.predict(Rows(test.X, shift, scale))
+        with _errors_of(args.test):
+            predicted = classifier.predict(Rows(test.X, shift, scale))
         correct = torch.tensor(int((predicted == np.asarray(test.y)).sum()))
         tested = proportion(correct.view(1), torch.tensor([len(predicted)]))
         result["test_accuracy"] = _numbers(tested, 0)
@@ -135,6 +133,22 @@ def _values(low: float, high: float, count: float) -> list[float]:
     return [float(C) for C in np.geomspace(low, high, int(count))]
 
 
+def _check_alike(train: File, test: File, args: argparse.Namespace) -> None:
+    """Raise unless a classifier of one file can be tested on the other."""
+    if test.X.shape[1] != train.X.shape[1]:
+        raise UserError(
+            f"{args.test} must have {train.X.shape[1]} features as {args.train} has, "
+            f"got {test.X.shape[1]}"
+        )
+    learnt, asked = np.asarray(train.y), np.asarray(test.y)
+    # As Python's own values, for NumPy would find 1 among strings.
+    if set(learnt.tolist()).isdisjoint(asked.tolist()):
+        raise UserError(
+            f"{args.test} must have labels of {args.train}, whose y is {learnt.dtype}, "
+            f"got none of them in {asked.dtype}"
+        )
+
+
 def _folds(train: File, args: argparse.Namespace) -> list[Any]:
     """What is held out: pairs of indices, (train, held)."""
     y = np.asarray(train.y)
@@ -149,7 +163,7 @@ def _folds(train: File, args: argparse.Namespace) -> list[Any]:
 
 
 def _moments(X: Any) -> tuple[Tensor, Tensor]:
-    """The mean of each feature, and 1 by its standard deviation; 1 where that is 0."""
+    """The mean of each feature, and 1 by its standard deviation; 1 where it is constant."""
     x = as_tensor("X", X)
     total = torch.zeros(x.shape[1], dtype=torch.float64)
     squares, parts = total.clone(), max(1, _READ // x.shape[1])
@@ -158,8 +172,11 @@ def _moments(X: Any) -> tuple[Tensor, Tensor]:
     mean = total / len(x)
     for rows in slices(len(x), parts):
         squares += (x[rows].double() - mean).square().sum(0)
-    deviation = (squares / len(x)).sqrt()
-    return mean, torch.where(deviation > 0, deviation, 1).reciprocal()
+    variance = squares / len(x)
+    # What rounding makes of the variance of a constant, at most.
+    epsilon = torch.finfo(torch.float64).eps
+    rounding = len(x) * epsilon * variance + (len(x) * epsilon * mean).square()
+    return mean, torch.where(variance > rounding, variance, 1).rsqrt()
 
 
 def _numbers(estimate: Estimate, number: int) -> dict[str, float]:
@@ -178,9 +195,19 @@ def _lines_of_warnings() -> Iterator[None]:
         print(f"probe.py: {message}", file=sys.stderr)
 
 
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Tell which file it is that the block can't use."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{name} can't be used: {str(error).splitlines()[0]}") from None
+
+
 def _save(classifier: SoftmaxClassifierCV, shift: Any, scale: Any, path: Path) -> None:
     """Write the chosen model: W (x − shift) ∘ scale + b = (W ∘ scale) x + b − (W ∘ scale) shift."""
-    linear = classifier.to_linear().to("cpu", torch.float64)
+    model = classifier.to_linear().cpu()
+    dtype, linear = model.weight.dtype, model.double()
     W = linear.weight.detach() * scale
     b = linear.bias.detach() - (W @ shift if isinstance(shift, Tensor) else 0)
     saved = {
@@ -190,7 +217,7 @@ def _save(classifier: SoftmaxClassifierCV, shift: Any, scale: Any, path: Path) -
         "intercept": torch.as_tensor(classifier.intercept_),
         "shift": shift,
         "scale": scale,
-        "linear": {"weight": W.float(), "bias": b.float()},
+        "linear": {"weight": W.to(dtype), "bias": b.to(dtype)},
     }
     buffer = io.BytesIO()
     torch.save(saved, buffer)

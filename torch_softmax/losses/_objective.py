@@ -7,6 +7,7 @@ with P = D where there is no bias. The weights w of the examples are 1 but where
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -87,20 +88,34 @@ class Objective:
         rows = x if isinstance(x, Rows) else Rows(x).to(x.device, x.dtype)
         terms = fold(target, _OPTIONS, target.shape[-1], rows.dtype, may_ignore=False)
         self.y = terms.y
-        self.weight = None if weight is None else weight.to(rows.device, rows.dtype)
-        mass = self.weight if terms.mass is None else terms.mass
-        if self.weight is not None and terms.mass is not None:
-            mass = terms.mass * self.weight
         on_cpu = rows.device.type == "cpu"
         numbers = _CACHED_INPUT if on_cpu else _LAUNCHED_INPUT
         step = max(256, numbers // rows.features)
-        self.examples = Examples(rows, mass, 1.0, bias, step, 1, total)
-        counted = len(rows) if weight is None else weight.to(self.examples.sums).sum()
-        divisor = torch.as_tensor(counted, dtype=self.examples.sums, device=rows.device)
         parts = torch.get_num_threads() if on_cpu else 1
-        self.examples = replace(self.examples, divisor=float(total(divisor)), parts=parts)
+        self.examples = Examples(rows, None, 1.0, bias, step, parts, total)
+        self.weight, count = self._in_means(weight)
+        mass = self.weight if terms.mass is None else terms.mass
+        if self.weight is not None and terms.mass is not None:
+            mass = terms.mass * self.weight
+        self.examples = replace(self.examples, mass=mass, divisor=count)
         self.weight_decay = weight_decay
         self.decay = self._decay()
+
+    def _in_means(self, weight: Tensor | None) -> tuple[Tensor | None, float]:
+        """Weights in parts of their mean over all processes, and the examples that there are.
+
+        However small or large they are, they are none of that in the dtype of the products.
+        """
+        x, sums = self.examples.x, self.examples.sums
+        w = None if weight is None else weight.to(x.device, sums)
+        total = len(x) if w is None else float(w.sum())
+        count, total = self._sum(torch.tensor([len(x), total], dtype=sums)).tolist()
+        mean = total / count if count else 1.0
+        if not 0 < mean < math.inf:
+            raise ValueError(f"sample_weight must have a finite mean above 0, got {mean:g}")
+        if w is None:  # here, but there may be some in another process
+            w = None if mean == 1 else torch.ones(len(x), dtype=sums, device=x.device)
+        return None if w is None else (w / mean).to(x.dtype), count
 
     def with_decay(self, weight_decay: float) -> "Objective":
         """The same with another λ."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .. import _checks as checks
 
+# Of more digits than float32 has, so that they must not be rounded before a shift is taken off.
+_WIDE = (torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
 _LIMIT_OF_GROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -41,6 +43,8 @@ class Rows:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "x", as_tensor("x", self.x))
+        if self.x.layout != torch.strided:
+            raise TypeError(f"x must be dense, as its to_dense() is, got {self.x.layout}")
         if self.x.dim() != 2 or self.x.is_complex():
             raise ValueError(
                 f"x must be real and of shape (N, D), got {self.x.dtype} {tuple(self.x.shape)}"
@@ -75,17 +79,22 @@ class Rows:
     def read(self, rows: slice) -> Tensor:
         """Some rows (n, D), in the dtype and on the device; a view of x where x is."""
         part = self.x[rows] if self.index is None else self.x[self.index[rows]]
-        part = part.to(self.device, self.dtype)
-        if isinstance(self.shift, Tensor) or self.shift != 0:
-            part = part - self._like(self.shift)
-        if isinstance(self.scale, Tensor) or self.scale != 1:
-            part = part * self._like(self.scale)
+        moves = isinstance(self.shift, Tensor) or self.shift != 0
+        scales = isinstance(self.scale, Tensor) or self.scale != 1
+        is_wide = part.dtype in _WIDE and self.device.type != "mps"  # which has no float64
+        dtype = torch.float64 if is_wide and (moves or scales) else self.dtype
+        part = part.to(self.device, dtype)
+        if moves:
+            part = part - _like(self.shift, part)
+        if scales:
+            part = part * _like(self.scale, part)
+        part = part.to(self.dtype)
         return part if self.centre is None else part - self.centre
 
-    def _like(self, value: Tensor | float) -> Tensor | float:
-        if isinstance(value, Tensor):
-            return value.to(self.device, self.dtype)
-        return value
+
+def _like(value: Tensor | float, part: Tensor) -> Tensor | float:
+    """A shift or scale, to be worked with."""
+    return value.to(part) if isinstance(value, Tensor) else value
 
 
 def as_tensor(name: str, value: object) -> Tensor:

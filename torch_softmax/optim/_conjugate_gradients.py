@@ -55,6 +55,11 @@ class Preconditioner:
         diagonal = self.matrix.diagonal()
         self.scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
         scaled = self.scale.unsqueeze(1) * self.matrix * self.scale
+        if not bool(scaled.isfinite().all()):
+            raise ValueError(
+                "input, weights and penalty must be numbers whose products are finite in "
+                f"{scaled.dtype}, got others"
+            )
         # Rounding must not make a matrix indefinite whose columns depend on one another.
         added = 10 * epsilon * len(scaled)
         scaled.diagonal().add_(added)

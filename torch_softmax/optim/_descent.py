@@ -72,10 +72,12 @@ class Descent:
         here, decay, of_before = self.point, self.objective.weight_decay, self.objective.decay
         self.objective = self.objective.with_decay(weight_decay)
         self.point = self.objective.with_penalty(here, of_before)
-        if self.before is not None and min(weight_decay, decay, self.before[0]) > 0:
-            length = math.log(weight_decay / decay) / math.log(decay / self.before[0])
-            ahead = self.objective.at(here.v + length * (here.v - self.before[1]))
-            self.point = min(self.point, ahead, key=lambda point: point.value)
+        if self.before is not None and min(decay, self.before[0]) > 0:
+            step, step_before = weight_decay / decay, decay / self.before[0]
+            if min(step, step_before) > 0:  # which may be too small for a number
+                length = math.log(step) / math.log(step_before)
+                ahead = self.objective.at(here.v + length * (here.v - self.before[1]))
+                self.point = min(self.point, ahead, key=lambda point: point.value)
         self.before = decay, here.v
 
     def run(self, goal: Goal, report: Callable[[Result, Tensor], None]) -> Result:

@@ -71,9 +71,10 @@ def minimize(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes don't fit, a number is out of range, no example is left, the model's
-            weight is computed from others (as by `weight_norm`) or on 'meta', the loss is not
-            finite at the start, or the squares of the input are not.
+        ValueError: Shapes don't fit, a number is out of range, no example is left, the sample
+            weights have no finite mean, the model's weight is computed from others (as by
+            `weight_norm`) or on 'meta', the loss is not finite at the start, or the squares of the
+            input are not.
 
     Example:
         >>> input = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
@@ -174,7 +175,7 @@ def _examples(model: SoftmaxRegression, data: Data) -> tuple[Rows, Tensor, Tenso
     if keep is not None and not bool(keep.all()):
         x, y = x.take(keep), y[keep.to(y.device)]
         w = None if w is None else w[keep.to(w.device)]
-    return x, y.to(weight.device), None if w is None else w.to(weight.device)
+    return x, y.to(weight.device), w
 
 
 def _rows(model: SoftmaxRegression, input: Tensor | Rows) -> tuple[tuple[int, ...], Rows]:
@@ -206,6 +207,8 @@ def _weights(value: object, shape: tuple[int, ...]) -> Tensor | None:
         raise TypeError(f"sample_weight must be a tensor, got {type(value).__name__}")
     checks.shape("sample_weight", value, shape, "for one weight an example")
     w = value.detach().reshape(-1)
+    if w.is_complex():
+        raise TypeError(f"sample_weight must hold real numbers, got {w.dtype}")
     w = w if w.is_floating_point() else w.double()
     if not bool((w.isfinite() & (w >= 0)).all()):
         raise ValueError("sample_weight must hold finite numbers of at least 0, got another")

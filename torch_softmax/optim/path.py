@@ -11,6 +11,7 @@ from .. import _checks as checks
 from ..distributed.data_parallel import Ranks
 from ..losses._rows import Rows
 from ..modules import SoftmaxRegression
+from ._descent import Descent, Goal
 from .newton import ALONE, Data, Result, begin, goal_of, run
 
 __all__ = ["Fitted", "penalty_path"]
@@ -24,7 +25,6 @@ class Fitted(NamedTuple):
     result: Result
 
 
-@torch.no_grad()
 def penalty_path(
     model: SoftmaxRegression,
     input: Tensor | Rows,
@@ -55,8 +55,9 @@ def penalty_path(
         report: Is called with the result so far after every step.
         ranks: The processes that each hold some of the examples.
 
-    Yields:
-        λ with a model of its own, and the result, in falling order of λ.
+    Returns:
+        An iterator that fits as it goes: each λ with a model of its own, and the result, in
+        falling order of λ.
 
     Raises:
         TypeError, ValueError: As `newton.minimize` does, and if there is no λ.
@@ -75,7 +76,19 @@ def penalty_path(
     for weight_decay in penalties:
         checks.finite("weight_decays", weight_decay)
     goal = goal_of(tolerance, weight_tolerance, max_steps)
-    descent = begin(model, Data(input, target, sample_weight, ranks), penalties[0])
+    with torch.no_grad():
+        descent = begin(model, Data(input, target, sample_weight, ranks), penalties[0])
+    return _along(penalties, descent, model, goal, report)
+
+
+@torch.no_grad()
+def _along(
+    penalties: list[float],
+    descent: Descent,
+    model: SoftmaxRegression,
+    goal: Goal,
+    report: Callable[[Result], None],
+) -> Iterator[Fitted]:
     for weight_decay in penalties:
         descent.change_decay(weight_decay)
         fitted = copy.deepcopy(model)
