@@ -11,7 +11,7 @@ from tests.helpers import NewTensors
 from torch_softmax.causal_lm import call_without_logits
 
 transformers = pytest.importorskip("transformers", minversion="4.50")
-pytestmark = pytest.mark.filterwarnings("default")  # theirs are not for us to mend
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs are not for us to mend
 
 CLASSES, WIDTH, LENGTH, CHUNK = 97, 16, 12, 10
 SIZES = {
