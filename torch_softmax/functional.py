@@ -413,6 +413,8 @@ def map_logits(
 
     Source: Lin et al., Focal Loss for Dense Object Detection (2017), equation 4, for the example.
     """
+    if isinstance(shared, Tensor):
+        raise TypeError("shared must be a tuple of tensors, got a tensor")
     layer = linear.Layer(input, linear_weight, linear_bias)
     chunk_size = checks.chunk_size(chunk_size)
     _refuse_sharded("map_logits", *layer, *rows, *shared)

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from tests.helpers import assert_differentiable, assert_same, randn
+from tests.helpers import NewTensors, assert_differentiable, assert_same, randn
 from torch_softmax.functional import map_logits
 from torch_softmax.losses import mapped
 from torch_softmax.losses.linear import Layer
@@ -191,6 +191,15 @@ def test_no_numbers_are_looked_at_where_there_are_none(device):
     assert map_logits(lambda z: z.sum(1), x, W).shape == (N,)
 
 
+@every_reduction
+def test_a_weight_in_half_precision_is_not_widened_as_a_whole(reduction):
+    classes = 3 * 2**12  # widened some at a time
+    x, W = (torch.randn(n, D).bfloat16() for n in (N, classes))
+    with NewTensors() as new:
+        map_logits(lambda z: z.sum(1), x, W, reduction=reduction, chunk_size=1)
+    assert (classes, D) not in new.shapes
+
+
 # What can't be right raises.
 
 
@@ -271,6 +280,7 @@ def test_rows_of_another_number_raise():
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
         ({"shared": (3,)}, TypeError, "shared must hold tensors, got int"),
         ({"shared": torch.ones(3)}, TypeError, "shared must be a tuple of tensors, got a tensor"),
+        ({"shared": torch.ones(())}, TypeError, "shared must be a tuple of tensors, got a tensor"),
         ({"linear_bias": torch.zeros(4)}, ValueError, "linear_bias must have shape"),
     ],
 )

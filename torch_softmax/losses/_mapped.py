@@ -28,7 +28,7 @@ from ._autograd import (
 )
 from ._chunked import Plan, Total, cut, slices, split, write
 from ._dtypes import accumulation_dtype, cast
-from ._products import add_pulled_to_classes_, multiplied_in, pull_to_rows
+from ._products import add_pulled_to_classes_, multiplied_in, multiply, pull_to_rows
 from ._sweeps import How, Inputs, Logits, later, put, sums_of
 
 # A layer's own tensors: x, which has rows, and W and b, which all rows share.
@@ -100,6 +100,12 @@ def logits_of(x: Tensor, W: Tensor, b: Tensor | None, how: How) -> Tensor:
     """The logits of all rows of a layer."""
     dtype = how.logits_dtype
     z = linear(cast(x, dtype), cast(W, dtype), None if b is None else cast(b, dtype))
+    return cast(z, how.dtype)
+
+
+def logits_of_few(x: Tensor, W: Tensor, b: Tensor | None, how: How) -> Tensor:
+    """The same for a few rows at rest, without a copy of W in another dtype."""
+    z = multiply(x, W, b, x.new_empty(len(x), len(W), dtype=how.logits_dtype))
     return cast(z, how.dtype)
 
 

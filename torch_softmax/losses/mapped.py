@@ -14,7 +14,7 @@ from .._transforms import is_differentiated, is_in_func, is_moving
 from ._autograd import Tensors
 from ._cross_entropy import mean_over
 from ._dtypes import accumulation_dtype, outside_autocast, product_dtype, widest
-from ._mapped import RowFunction, logits_of, results_of, total_of
+from ._mapped import RowFunction, logits_of, logits_of_few, results_of, total_of
 from ._sweeps import How
 from ._targets import REDUCTIONS
 from .linear import Layer, default_chunk_size
@@ -83,8 +83,6 @@ def _check(layers: Sequence[Layer], rows: Tensors, shared: Sequence[Tensor | Non
     for layer in layers:
         checks.layer_of_two_dimensions(*layer)
         checks.leading("input", layer.input, shape)
-    if isinstance(shared, Tensor):
-        raise TypeError("shared must be a tuple of tensors, got a tensor")
     for name, tensors in (("rows", rows), ("shared", shared)):
         for tensor in tensors:
             if tensor is not None and not isinstance(tensor, Tensor):
@@ -132,12 +130,13 @@ def _tried(fn: Callable[..., Any], of: RowFunction, tensors: Tensors) -> _Trial:
     """
     layers, others = of.parts([None if t is None else t.detach() for t in tensors])
     pairs = zip(others, of.rows_in, strict=True)
+    can_look = _can_look(tensors)
+    logits = logits_of_few if can_look else logits_of
     given = (
-        *(logits_of(_two(x), W, b, of.how) for x, W, b in layers),
+        *(logits(_two(x), W, b, of.how) for x, W, b in layers),
         *(_two(t) if t is not None and is_row else t for t, is_row in pairs),
     )
     will_differentiate = is_differentiated()
-    can_look = _can_look(tensors)
     state = torch.get_rng_state() if can_look else None
     with torch.enable_grad():
         results = fn(*given)
