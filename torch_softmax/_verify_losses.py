@@ -36,24 +36,33 @@ class Case(NamedTuple):
     inputs: list[Tensor]
 
 
+def normal(seed: int, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """A function that draws normal numbers of a shape, alike on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+
+    return randn
+
+
+def labels_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A label for each row, and the same with the first one ignored."""
+    labels = torch.arange(N, device=device) % K
+    return labels, labels.index_fill(0, labels.new_tensor([0]), -100)
+
+
 def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
     """Each loss of labels, weighted and with one ignored, and of soft targets, smoothed.
 
     The small batch is of labels without an option, as it has a way of its own.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        numbers = torch.randn(shape, generator=generator)  # alike on every device
-        return numbers.to(device, dtype).requires_grad_()
-
+    randn, (labels, ignoring) = normal(0, device, dtype), labels_on(device)
     x, W, b, z = randn(N, D), randn(K, D), randn(K), randn(N, K)
     soft = randn(N, K).detach().softmax(1).requires_grad_()
-    labels = torch.arange(N, device=device) % K
     weight = (1 + torch.arange(K, device=device) / 4).to(dtype)
     weighted = torch.nn.functional.one_hot(labels, K) * weight.double()
     weighted[0] = 0
-    ignoring = labels.index_fill(0, labels.new_tensor([0]), -100)
 
     def of_labels(z: Tensor) -> Tensor:
         return -(weighted * log_softmax(z)).sum() / weighted.sum()
@@ -95,15 +104,9 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
 
 def cases_of_heads(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
     """What else there is of a layer's logits, with every option that has a formula of its own."""
-    generator = torch.Generator().manual_seed(1)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-
+    randn, (labels, ignoring) = normal(1, device, dtype), labels_on(device)
     x, W, b, rows, of_classes = randn(N, D), randn(K, D), randn(K), randn(N), randn(K)
     teacher_x, teacher_W = randn(N, D + 1), randn(K, D + 1)
-    labels = torch.arange(N, device=device) % K
-    ignoring = labels.index_fill(0, labels.new_tensor([0]), -100)
     keep = ignoring >= 0
 
     def picked(z: Tensor) -> Tensor:

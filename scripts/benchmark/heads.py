@@ -1,5 +1,6 @@
 """The problems of what else is asked of a layer's logits, with gradients: who contends in them."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from torch_softmax.functional import linear_cross_entropy, linear_distillation, linear_log_prob
 
-from .losses import gradients, layer, layer_with_gradients, products
-from .measure import Place, Problem, Results, Shape
+from .losses import Loss, gradients, layer, layer_with_gradients, products
+from .measure import Floor, Place, Problem, Results, Shape
 
 SOFTCAP, Z_LOSS = 30.0, 1e-4
 ENTROPY = 0.01  # its share in the objective
@@ -53,40 +54,31 @@ def our_policy(x: Tensor, W: Tensor, target: Tensor) -> Tensor:
     return -(of.log_prob + ENTROPY * of.entropy).mean()
 
 
+def beside_dense(
+    section: str,
+    inputs: Callable[[Shape, Place], Results],
+    floor: tuple[str, Floor],
+    dense: Loss,
+    ours: Loss,
+) -> Problem:
+    """A loss with its gradients by torch's dense functions and by ours, to bare products."""
+    return Problem(
+        section=section,
+        inputs=inputs,
+        floors=dict([floor]),
+        contestants={"torch dense": partial(gradients, dense), "ours": partial(gradients, ours)},
+        reference="torch dense",
+        yardstick=floor[0],
+    )
+
+
+THREE = "three products", partial(products, 1, 1, 1)
+FOUR = "four products", partial(products, 2, 1, 1)
+
 # The student's three products, and the teacher's logits.
-DISTILLATION = Problem(
-    section="distillation",
-    inputs=student_and_teacher,
-    floors={"four products": partial(products, 2, 1, 1)},
-    contestants={
-        "torch dense": partial(gradients, dense_distillation),
-        "ours": partial(gradients, linear_distillation),
-    },
-    reference="torch dense",
-    yardstick="four products",
+DISTILLATION = beside_dense(
+    "distillation", student_and_teacher, FOUR, dense_distillation, linear_distillation
 )
-
-CAPPED = Problem(
-    section="capped",
-    inputs=layer_with_gradients,
-    floors={"three products": partial(products, 1, 1, 1)},
-    contestants={
-        "torch dense": partial(gradients, dense_capped),
-        "ours": partial(gradients, our_capped),
-    },
-    reference="torch dense",
-    yardstick="three products",
-)
-
+CAPPED = beside_dense("capped", layer_with_gradients, THREE, dense_capped, our_capped)
 # What is sent back is known only after all rows, so that the logits are made twice.
-LOG_PROB = Problem(
-    section="log-prob",
-    inputs=layer_with_gradients,
-    floors={"four products": partial(products, 2, 1, 1)},
-    contestants={
-        "torch dense": partial(gradients, dense_policy),
-        "ours": partial(gradients, our_policy),
-    },
-    reference="torch dense",
-    yardstick="four products",
-)
+LOG_PROB = beside_dense("log-prob", layer_with_gradients, FOUR, dense_policy, our_policy)

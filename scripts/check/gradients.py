@@ -29,7 +29,7 @@ from tests import reference
 from torch_softmax import _checks as checks
 from torch_softmax._command_line import Parser, add_device_option, choose_device, run_command
 from torch_softmax._files import write_atomically
-from torch_softmax._verify_losses import cases_of_heads, line, text
+from torch_softmax._verify_losses import CHUNK, D, K, N, cases_of_heads, line, text
 from torch_softmax.functional import cross_entropy, linear_cross_entropy
 from torch_softmax.verify import (
     OK,
@@ -43,9 +43,6 @@ from torch_softmax.verify import (
     judge,
     tolerance,
 )
-
-N, D, K = 7, 3, 5
-CHUNK = 3  # of the seven rows, so that the last chunk is a ragged one
 
 Loss = Callable[..., Tensor]  # of (x, W, b, target, **options)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
