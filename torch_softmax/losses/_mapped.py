@@ -7,7 +7,7 @@ its own x, W and b. With a cotangent c for each result and g = ∂(c · r)/∂z 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,19 @@ class Parts(NamedTuple):
     others: tuple[Any, ...]
 
 
+class ByHand(Protocol):
+    """A function of one layer's logits with its gradient in closed form."""
+
+    def __call__(
+        self, z: Tensor, *others: Any, cotangents: Tensors | None = None
+    ) -> tuple[tuple[Any, ...], Tensor | None]:
+        """The results for logits (n, K), which it may write to, and the gradient by these.
+
+        There is no gradient without cotangents (n,), of which None stands for 0. A result of such
+        a one is not asked for, and may be None too.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class RowFunction:
     """A function that takes logits to numbers for each row, with what it is told beside them.
@@ -53,6 +66,7 @@ class RowFunction:
         rows_in: Which of the tensors after the logits have rows.
         results: How many there are.
         how: How the logits are worked out. They are given in its dtype.
+        by_hand: The same by hand, for the gradient by the logits alone; None where autograd does.
     """
 
     fn: Callable[..., tuple[Tensor, ...]]
@@ -60,6 +74,7 @@ class RowFunction:
     rows_in: Mask
     results: int
     how: How
+    by_hand: ByHand | None = None
 
     def parts(self, values: Any) -> Parts:
         """The tensors of the layers, and the others; or one thing for each of them."""
@@ -82,6 +97,24 @@ class RowFunction:
             self.how.step,
             _Values(self),
         )
+
+    def only(self, given: Mask) -> "RowFunction":
+        """The same function with some of its results alone."""
+        whole, by_hand = self.fn, self.by_hand
+
+        def fn(*tensors: Any) -> tuple[Tensor, ...]:
+            return select(whole(*tensors), given)
+
+        def fn_by_hand(
+            z: Tensor, *others: Any, cotangents: Tensors | None = None
+        ) -> tuple[tuple[Any, ...], Tensor | None]:
+            assert by_hand is not None
+            if cotangents is not None:
+                cotangents = merge((None,) * len(given), given, cotangents)
+            values, gradient = by_hand(z, *others, cotangents=cotangents)
+            return select(values, given), gradient
+
+        return replace(self, fn=fn, by_hand=fn_by_hand if by_hand else None)
 
     def total(self) -> Total:
         """The sum of its only result over all rows."""
@@ -142,7 +175,7 @@ class _Gradients:
         """Those of the tensors wanted."""
         count = len(self.wanted)
         at, cotangents = tensors[:count], tensors[count:]
-        of = replace(self.of, fn=lambda *given: select(self.of.fn(*given), self.given))
+        of = self.of.only(self.given)
         _, gradients = _values_and_gradients(of, at, cotangents, self.wanted)
         return select(gradients, self.wanted)
 
@@ -195,7 +228,8 @@ def _values(of: RowFunction, tensors: Tensors) -> tuple[Tensor, ...]:
     (x, *_), *_ = parts.layers
     for chunk in _chunks(of, parts):
         for block in chunk.blocks:
-            values = of.fn(*_at(of, parts, chunk, block))
+            at = _at(of, parts, chunk, block)
+            values = of.fn(*at) if of.by_hand is None else of.by_hand(*at)[0]
             _write(results, values, later(chunk.rows, block), len(x))
     return tuple(results)
 
@@ -213,19 +247,15 @@ def _values_and_gradients(
     outs = [_layer_sums(*pair) for pair in zip(parts.layers, by.layers, strict=True)]
     triples = zip(parts.others, of.rows_in, by.others, strict=True)
     of_others = [_gradient_like(other, of_rows) if w else None for other, of_rows, w in triples]
+    is_by_hand = of.by_hand is not None and not any(by.others)
+    pulled = _pulled_by_hand if is_by_hand else _pulled_by_autograd
     for chunk in _chunks(of, parts):
         gradients_of_logits = list(chunk.logits)
         for block in chunk.blocks:
             part = later(chunk.rows, block)
             at = _at(of, parts, chunk, block)
-
-            def fn(*moving: Tensor, at: tuple[Any, ...] = at) -> tuple[Tensor, ...]:
-                return of.fn(*merge(at, mask, moving))
-
-            values, pull = pulled_back(fn, *select(at, mask))
+            values, by_logits, by_others = pulled(of, at, cotangents, mask, part)
             _write(results, values, part, len(first))
-            pulled = pull(_cotangents(values, cotangents, part))
-            by_logits, by_others = split(merge((None,) * len(mask), mask, pulled), of.layers)
             for i, (gradient, out) in enumerate(zip(by_logits, outs, strict=True)):
                 if out.b is not None:
                     out.b.add_(gradient.sum(0))
@@ -236,7 +266,7 @@ def _values_and_gradients(
                     total[part] = gradient
                 elif total is not None:
                     total.add_(gradient)
-            del at, values, pull, pulled, by_logits, by_others  # before the next ones are made
+            del at, values, by_logits, by_others  # before the next ones are made
         for (x, W, _), out, g in zip(parts.layers, outs, gradients_of_logits, strict=True):
             g = cast(g, multiplied_in(W.dtype, W.device))
             if out.x is not None:
@@ -259,13 +289,39 @@ def _gradient_like(tensor: Tensor, of_rows: bool) -> Tensor:
     return torch.zeros_like(tensor, dtype=accumulation_dtype(tensor.dtype))
 
 
-def _cotangents(values: tuple[Tensor, ...], cotangents: Tensors, rows: slice) -> tuple[Tensor, ...]:
-    """Those of some rows, in the dtypes of their values."""
+class _Pulled(NamedTuple):
+    """The results of some rows, with the gradients by what the function is given, or None."""
 
-    def of_rows(value: Tensor, cotangent: Tensor | None) -> Tensor:
-        return torch.ones_like(value) if cotangent is None else cast(cotangent[rows], value.dtype)
+    values: tuple[Any, ...]
+    by_logits: tuple[Any, ...]
+    by_others: tuple[Any, ...]
 
-    return tuple(map(of_rows, values, cotangents))
+
+def _pulled_by_autograd(
+    of: RowFunction, at: tuple[Any, ...], cotangents: Tensors, mask: Mask, rows: slice
+) -> _Pulled:
+    """What autograd makes of the function of some rows."""
+
+    def fn(*moving: Tensor) -> tuple[Tensor, ...]:
+        return of.fn(*merge(at, mask, moving))
+
+    values, pull = pulled_back(fn, *select(at, mask))
+    pairs = zip(values, cotangents, strict=True)
+    pulled = pull(
+        tuple(torch.ones_like(v) if c is None else cast(c[rows], v.dtype) for v, c in pairs)
+    )
+    return _Pulled(values, *split(merge((None,) * len(mask), mask, pulled), of.layers))
+
+
+def _pulled_by_hand(
+    of: RowFunction, at: tuple[Any, ...], cotangents: Tensors, mask: Mask, rows: slice
+) -> _Pulled:
+    """What the function's closed form says of some rows."""
+    z, *others = at
+    assert of.by_hand is not None
+    of_rows = (z.new_ones(len(z)) if c is None else cast(c[rows], z.dtype) for c in cotangents)
+    values, gradient = of.by_hand(z, *others, cotangents=tuple(of_rows))
+    return _Pulled(values, (gradient,), (None,) * len(others))
 
 
 # From here on a function is applied.
