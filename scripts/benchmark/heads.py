@@ -11,6 +11,7 @@ from torch_softmax.functional import linear_cross_entropy, linear_distillation, 
 
 from .losses import Loss, gradients, layer, layer_with_gradients, products
 from .measure import Floor, Place, Problem, Results, Shape
+from .rivals import require
 
 SOFTCAP, Z_LOSS = 30.0, 1e-4
 ENTROPY = 0.01  # its share in the objective
@@ -27,6 +28,15 @@ def dense_distillation(x: Tensor, W: Tensor, teacher_x: Tensor, teacher_W: Tenso
     """The forward KL of all logits at once."""
     student, teacher = (F.linear(*of).log_softmax(1) for of in ((x, W), (teacher_x, teacher_W)))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def liger_distillation(x: Tensor, W: Tensor, teacher_x: Tensor, teacher_W: Tensor) -> Tensor:
+    """That of Liger with a β of 0, which is the forward KL there, and no share of labels."""
+    package = require("liger_kernel.chunked_loss")
+    loss = package.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
+    unused = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    result: Tensor = loss(x, W, teacher_x, teacher_W, unused)
+    return result
 
 
 def dense_capped(x: Tensor, W: Tensor, target: Tensor) -> Tensor:
@@ -60,13 +70,15 @@ def beside_dense(
     floor: tuple[str, Floor],
     dense: Loss,
     ours: Loss,
+    **others: Loss,
 ) -> Problem:
-    """A loss with its gradients by torch's dense functions and by ours, to bare products."""
+    """A loss with its gradients by torch's dense functions, ours and others', to bare products."""
+    losses = {"torch dense": dense, "ours": ours, **others}
     return Problem(
         section=section,
         inputs=inputs,
         floors=dict([floor]),
-        contestants={"torch dense": partial(gradients, dense), "ours": partial(gradients, ours)},
+        contestants={name: partial(gradients, loss) for name, loss in losses.items()},
         reference="torch dense",
         yardstick=floor[0],
     )
@@ -77,7 +89,12 @@ FOUR = "four products", partial(products, 2, 1, 1)
 
 # The student's three products, and the teacher's logits.
 DISTILLATION = beside_dense(
-    "distillation", student_and_teacher, FOUR, dense_distillation, linear_distillation
+    "distillation",
+    student_and_teacher,
+    FOUR,
+    dense_distillation,
+    linear_distillation,
+    Liger=liger_distillation,
 )
 CAPPED = beside_dense("capped", layer_with_gradients, THREE, dense_capped, our_capped)
 # What is sent back is known only after all rows, so that the logits are made twice.

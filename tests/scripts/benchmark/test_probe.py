@@ -22,7 +22,7 @@ def test_contestants_reach_the_same_optimum(problem, name):
     if name.startswith("scikit"):
         pytest.importorskip("sklearn")
     fit = probe.run(probe.FITS[name], problem, [0.01, 1.0], threads=1)
-    expected = probe.run(probe.PATHS["ours, float64, weights to 1e-4"], problem, [0.01, 1.0], 1)
+    expected = probe.run(*probe.EXACT.values(), problem, [0.01, 1.0], 1)
     assert fit.objectives == pytest.approx(expected.objectives, rel=1e-6)
     assert fit.seconds > 0
 
@@ -45,6 +45,13 @@ def test_a_row_and_a_line_for_each_and_who_fails_is_left_out(problem, monkeypatc
     assert isinstance(row, Row)
     assert (row.name, row.ratio) == (f"C=1, {probe.OURS}", 1.0)
     assert "within 0.0e+00 of the lowest" in told
+
+
+def test_a_hessian_that_is_too_large_is_not_made(problem, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(probe, "HESSIAN_LIMIT", 1000)
+    with pytest.raises(UnavailableError, match="its Hessian would take 0 MiB"):
+        probe.run(probe.FITS["scikit-learn, newton-cholesky"], problem, [1.0], 1)
 
 
 def sleep():
