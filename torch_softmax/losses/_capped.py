@@ -80,7 +80,7 @@ def row_losses_by_hand(
     assert t is not None
     t = t if factor is None else t * factor
     s = (1 if mass is None else mass) + 2 * options.z_loss * lse
-    return values, to.pull_(formulas.gradient_(S, y, Factors(formulas.product(t, s), t)))
+    return values, to.pull_(formulas.gradient_(S, y, Factors(t * s, t)))
 
 
 def _loss(
