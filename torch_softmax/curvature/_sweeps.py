@@ -16,8 +16,9 @@ from torch import Tensor
 from ..losses import _formulas as formulas
 from ..losses._chunked import cut, slices
 from ..losses._dtypes import accumulation_dtype, cast
+from ..losses._many import Directions, add_hessians_
 from ..losses._products import add_pulled_to_classes_, multiplied_in
-from ..losses._sweeps import FEW_CLASSES, How, Inputs, Logits, put
+from ..losses._sweeps import How, Inputs, Logits, put
 from ..losses.linear import default_chunk_size
 from ._rows import Layer, Rows
 
@@ -56,11 +57,9 @@ def chunks(layer: Layer, rows: Rows, how: How) -> Iterator[Chunk]:
     logits = Logits(inputs, how)
     for part in slices(len(rows.x), how.step):
         here = inputs.rows(part)
-        S = z = logits.of(here.x, *layer)
-        blocks = list(logits.blocks(z))
-        for block in blocks:
-            S = put(z, block, formulas.softmax(cut(z, block), 1))
-        yield Chunk(here.x, S, None if rows.factor is None else rows.factor[part], blocks)
+        S = logits.softmax_of(here.x, *layer)
+        factor = None if rows.factor is None else rows.factor[part]
+        yield Chunk(here.x, S, factor, list(logits.blocks(S)))
 
 
 def add_products_(out: Layer, layer: Layer, rows: Rows, how: How, u: Layer) -> None:
@@ -68,26 +67,10 @@ def add_products_(out: Layer, layer: Layer, rows: Rows, how: How, u: Layer) -> N
 
     The logits of a chunk are made once, so that it takes 1 + 2 M products of the layer.
     """
-    number, classes, _ = u.W.shape
-    # Few classes are many directions' at a time, in a product that is faster for it.
-    together = max(1, min(number, FEW_CLASSES // classes))
-    dtype = multiplied_in(rows.x.dtype, rows.x.device)
-    directions = Layer(cast(u.W, dtype), None if u.b is None else cast(u.b, how.logits_dtype))
-    changes = Logits(Inputs(rows.x, directions.W[:together].flatten(0, 1)), how)
+    W = cast(u.W, multiplied_in(rows.x.dtype, rows.x.device))
+    directions = Directions(rows.x, W, None if u.b is None else cast(u.b, how.logits_dtype), how)
     for chunk in chunks(layer, rows, how):
-        for some in slices(number, together):
-            uW, ub = (None if t is None else t[some].flatten(0, 1) for t in directions)
-            assert uW is not None
-            h = z = changes.of(chunk.x, uW, ub)
-            for block in changes.blocks(z):
-                S = cut(chunk.softmax, block).unsqueeze(1)
-                along = cut(z, block).unflatten(1, (-1, classes))
-                a = chunk.weighted(formulas.jacobian_product(S, along, 2).flatten(1), block)
-                if out.b is not None:
-                    out.b[some].add_(a.sum(0).view(-1, classes))
-                h = put(z, block, a)
-            h = cast(h, dtype)
-            add_pulled_to_classes_(out.W[some].flatten(0, 1), h, chunk.x)
+        add_hessians_(Inputs(None, *out), chunk.x, chunk.softmax, chunk.factor, directions)
 
 
 def add_diagonal_(out: Layer, layer: Layer, rows: Rows, how: How) -> None:
