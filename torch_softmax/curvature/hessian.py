@@ -24,6 +24,7 @@ from ._sweeps import (
     add_traces_,
     how_of,
 )
+from ._watched import Watched
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -122,12 +123,7 @@ class HeadHessian:
         # Batches may come in another order each time, and whoever gives a size wants no more held.
         self.may_hold = self.data.are_given and chunk_size is None
         given = {"input": input, "target": target, "row_weight": row_weight}
-        given |= {"linear_weight": linear_weight, "linear_bias": linear_bias}
-        self.given = {  # with the number of changes in place, which inference tensors don't count
-            name: (value, value._version)
-            for name, value in given.items()
-            if isinstance(value, Tensor) and not value.is_inference()
-        }
+        self.given = Watched(given | {"linear_weight": linear_weight, "linear_bias": linear_bias})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -337,12 +333,7 @@ class HeadHessian:
                 "M directions as (M, C, D), and what is to be differentiated is a product by "
                 "torch.func of functional.linear_cross_entropy"
             )
-        for name, (value, version) in self.given.items():
-            if value._version != version:
-                raise RuntimeError(
-                    f"{name} must not be changed in place as long as its HeadHessian is used: "
-                    "make a new one, or give it a clone"
-                )
+        self.given.check()
         counted = 0
         with outside_autocast(self.layer.W):
             for rows in self.data:
