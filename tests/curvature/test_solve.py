@@ -51,6 +51,35 @@ def test_every_residual_is_within_the_tolerance_of_its_own_right_side(problem):
     assert not u[3].any()
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """A list that has grown by one for each product."""
+    counted, multiply = [], HeadHessian._products
+    monkeypatch.setattr(
+        HeadHessian, "_products", lambda *args: counted.append(0) or multiply(*args)
+    )
+    return counted
+
+
+def test_damping_helps_however_differently_features_are_scaled(steps):
+    x = torch.randn(60, 8, dtype=torch.float64) * torch.logspace(-2, 2, 8, dtype=torch.float64)
+    H = HeadHessian(x, torch.randn(4, 8, dtype=torch.float64) / 10, weight_decay=0.1)
+    H.solve(torch.randn(4, 8, dtype=torch.float64), 1e5, tolerance=1e-6)
+    assert len(steps) < 10  # where 20 are too few for a preconditioner that does not know of it
+
+
+def test_rows_far_from_0_take_no_more_steps(steps):
+    x, W = torch.randn(60, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64) / 10
+    b, numbers = torch.zeros(4, dtype=torch.float64), []
+    for far in (0, 100):
+        steps.clear()
+        H = HeadHessian(x + far, W, linear_bias=b, weight_decay=0.1)
+        H.solve((W.cos(), b.cos()), 1e-3, tolerance=1e-6)
+        numbers.append(len(steps))
+    near, far_off = numbers
+    assert far_off < 2 * near
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_a_right_side_whose_squares_leave_float32_is_solved(size):
     H = HeadHessian(torch.randn(30, D), torch.randn(4, D), weight_decay=0.1)
@@ -153,12 +182,10 @@ def test_a_product_makes_only_what_is_not_held(problem, rows, chunks_made, monke
 
 
 @every_system
-def test_a_step_takes_two_products_of_the_layer(problem, of, monkeypatch):
+def test_a_step_takes_two_products_of_the_layer(problem, of, steps):
     _, _, head = problem
     given, named = head.arguments()
-    g, steps, numbers = head.direction(), [], []
-    multiply = HeadHessian._products
-    monkeypatch.setattr(HeadHessian, "_products", lambda *args: steps.append(0) or multiply(*args))
+    g, numbers = head.direction(), []
     for chunk_size in (None, len(head.input)):
         H = HeadHessian(*given, **named, chunk_size=chunk_size)
         steps.clear()
