@@ -132,11 +132,14 @@ def draw(one: Examples, told: str, train: Examples, influence: Tensor, title: st
         2, SHOWN + 3, left=0.03, right=0.97, top=0.8, bottom=0.08, hspace=0.6, wspace=0.15
     )
     figure.text(0.03, 0.94, title, fontsize=10, fontweight="bold")
-    show(figure.add_subplot(grid[:, :2]), one.x[0], f"the test image, of class {int(one.y)}", told)
+    show(figure.add_subplot(grid[:, :2]), one.x[0], f"the test image, a {int(one.y)}", told)
     order = influence.argsort()
     rows = (
-        ("to blame: without one of these, the loss of the test image would fall", order[:SHOWN]),
-        ("of help: without one of these, it would rise", order.flip(0)[:SHOWN]),
+        (
+            "to blame: without one of these, the loss of the test image would fall, by",
+            order[:SHOWN],
+        ),
+        ("of help: without one of these, it would rise, by", order.flip(0)[:SHOWN]),
     )
     for row, (heading, chosen) in enumerate(rows):
         for column, i in enumerate(chosen.tolist()):

@@ -1,5 +1,9 @@
 """The Hessian as an operator: each result is that of the whole matrix in float64."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.curvature.conftest import D, Head, N
 from tests.curvature.dense import dense_hessian, flat
-from tests.helpers import NewTensors, assert_same, untouched
+from tests.helpers import NewTensors, assert_identical, assert_same, untouched
 from tests.scripts.benchmark.test_benchmark import Products
 from torch_softmax import SoftmaxRegression
 from torch_softmax.curvature import HeadHessian
@@ -227,6 +231,79 @@ def test_a_change_in_place_of_what_was_given_raises(name):
     H.trace()
     given[name] += 1
     with pytest.raises(RuntimeError, match=f"^{name} must not be changed in place"):
+        H.trace()
+
+
+COPIES = {
+    "copy": lambda value: shallow(value),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "torch.save": lambda value: saved_and_loaded(value),
+}
+every_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+
+
+def shallow(value):
+    """A copy of an operator, or of each of a tuple, whose tensors are the same."""
+    return tuple(map(copy.copy, value)) if isinstance(value, tuple) else copy.copy(value)
+
+
+def saved_and_loaded(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@every_copy
+def test_a_copy_is_the_same_operator(head, copied):
+    for tensor in (head.input, head.linear_weight):
+        tensor.mul_(1.5)  # so that changes were counted before
+    H, u = operator(head), head.direction(2)
+    assert_identical(copied(H) @ u, H @ u)
+
+
+@every_copy
+def test_a_change_in_place_of_what_was_copied_raises(copied):
+    given = {"input": torch.randn(N, D), "linear_weight": torch.nn.Parameter(torch.randn(5, D))}
+    given |= {"target": torch.zeros(N, dtype=torch.int64), "row_weight": torch.rand(N)}
+    with torch.no_grad():
+        given["linear_weight"].mul_(1.5)
+    for name in given:
+        H, tensors = copied((HeadHessian(**given), given))
+        H.trace()
+        with torch.no_grad():
+            tensors[name].mul_(1)
+        with pytest.raises(RuntimeError, match=rf"^{name} must not be changed"):
+            H.trace()
+
+
+@every_copy
+def test_a_change_in_place_before_a_copy_raises(copied):
+    W = torch.randn(5, D)
+    H = HeadHessian(torch.randn(N, D), W)
+    W += 1
+    with pytest.raises(RuntimeError, match=r"^linear_weight must not be changed"):
+        copied(H).trace()
+
+
+@pytest.mark.parametrize("changed", [0, 1], ids=["the original", "the copy"])
+def test_a_deep_copy_and_its_original_know_nothing_of_one_another(changed):
+    W = torch.randn(5, D)
+    H = HeadHessian(torch.randn(N, D), W)
+    both = (H, W), copy.deepcopy((H, W))
+    expected = H.trace()
+    both[changed][1].add_(1)
+    assert_identical(both[1 - changed][0].trace(), expected)
+
+
+def test_features_of_a_model_are_watched_and_may_be_copied():
+    x = torch.randn(N, D, requires_grad=True).tanh()
+    H = HeadHessian(x, torch.randn(5, D))
+    assert_identical(copy.deepcopy(H).trace(), H.trace())
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match=r"^input must not be changed"):
         H.trace()
 
 

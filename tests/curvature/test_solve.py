@@ -1,14 +1,20 @@
 """Linear systems and spectra: those of the whole matrix."""
 
+import gc
 import math
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.curvature.conftest import D, Head
 from tests.curvature.dense import dense_hessian, flat
+from tests.helpers import NewTensors, assert_identical
+from tests.scripts.benchmark.test_benchmark import Products
 from torch_softmax._checks import UserError
-from torch_softmax.curvature import HeadHessian, _scipy
+from torch_softmax.curvature import HeadHessian, _scipy, _sweeps
 
 
 @pytest.fixture(params=[5, 40], ids=["few classes", "many classes"])
@@ -43,6 +49,35 @@ def test_every_residual_is_within_the_tolerance_of_its_own_right_side(problem):
     )
     assert (residuals <= 1.001e-3 * flat(g).norm(dim=1)).all()
     assert not u[3].any()
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A list that has grown by one for each product."""
+    counted, multiply = [], HeadHessian._products
+    monkeypatch.setattr(
+        HeadHessian, "_products", lambda *args: counted.append(0) or multiply(*args)
+    )
+    return counted
+
+
+def test_damping_helps_however_differently_features_are_scaled(steps):
+    x = torch.randn(60, 8, dtype=torch.float64) * torch.logspace(-2, 2, 8, dtype=torch.float64)
+    H = HeadHessian(x, torch.randn(4, 8, dtype=torch.float64) / 10, weight_decay=0.1)
+    H.solve(torch.randn(4, 8, dtype=torch.float64), 1e5, tolerance=1e-6)
+    assert len(steps) < 10  # where 20 are too few for a preconditioner that does not know of it
+
+
+def test_rows_far_from_0_take_no_more_steps(steps):
+    x, W = torch.randn(60, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64) / 10
+    b, numbers = torch.zeros(4, dtype=torch.float64), []
+    for far in (0, 100):
+        steps.clear()
+        H = HeadHessian(x + far, W, linear_bias=b, weight_decay=0.1)
+        H.solve((W.cos(), b.cos()), 1e-3, tolerance=1e-6)
+        numbers.append(len(steps))
+    near, far_off = numbers
+    assert far_off < 2 * near
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
@@ -97,6 +132,105 @@ def test_an_unfit_argument_is_named(name, value):
     H = HeadHessian(torch.ones(2, D), torch.ones(5, D))
     with pytest.raises(ValueError, match=rf"^{name} must "):
         H.solve(**{"g": torch.ones(5, D), name: value})
+
+
+# What is held meanwhile.
+
+
+def solution(H, g):
+    return H.solve(g, 0.01, tolerance=1e-8)
+
+
+def spectrum(H, g):
+    pytest.importorskip("scipy")
+    return H.eigenvalues(3)
+
+
+every_system = pytest.mark.parametrize("of", [solution, spectrum])
+
+
+def in_chunks(head):
+    """An operator that may hold S, of a head whose rows are not all in the same chunk."""
+    given, named = head.arguments()
+    H = HeadHessian(*given, **named)
+    H.how = replace(H.how, step=4)
+    return H
+
+
+@every_system
+@pytest.mark.parametrize("rows", [0, 5, 9, 100])
+def test_what_is_held_changes_no_digit(problem, of, rows, monkeypatch):
+    H, _, head = problem
+    monkeypatch.setattr(_sweeps, "rows_to_hold", lambda *_: rows)
+    g = head.direction(2)
+    assert_identical(of(in_chunks(head), g), of(H, g))
+
+
+@pytest.mark.parametrize(("rows", "chunks_made"), [(100, 0), (9, 1), (3, 3)])
+def test_a_product_makes_only_what_is_not_held(problem, rows, chunks_made, monkeypatch):
+    H, _, head = problem
+    monkeypatch.setattr(_sweeps, "rows_to_hold", lambda *_: rows)
+    H = in_chunks(head)
+    held, u = H._to_hold(), H.layer._replace(W=H.layer.W[None], b=None)
+    u = u if H.layer.b is None else u._replace(b=H.layer.b[None])
+    with Products() as first:
+        H._products(u, held)
+    with Products() as next_one:
+        H._products(u, held)
+    assert first.number == 3 * 3
+    assert next_one.number == 2 * 3 + chunks_made
+
+
+@every_system
+def test_a_step_takes_two_products_of_the_layer(problem, of, steps):
+    _, _, head = problem
+    given, named = head.arguments()
+    g, numbers = head.direction(), []
+    for chunk_size in (None, len(head.input)):
+        H = HeadHessian(*given, **named, chunk_size=chunk_size)
+        steps.clear()
+        with Products() as counted:
+            of(H, g)
+        numbers.append(counted.number)
+    held, not_held = numbers
+    # All make the logits once: the trace that a system starts with, or the first step.
+    assert not_held - held == len(steps) - (of is spectrum)
+
+
+@every_system
+def test_nothing_is_held_afterwards(problem, of, monkeypatch):
+    _, _, head = problem
+    made = []
+
+    class Held(_sweeps.Held):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("torch_softmax.curvature.hessian.Held", Held)
+    of(in_chunks(head), head.direction())
+    gc.collect()
+    assert [ref() for ref in made] == [None]
+
+
+@every_system
+def test_a_given_chunk_size_is_all_that_is_held(of):
+    rows, classes, chunk = 41, 37, 7
+    x, W, g = (torch.randn(n, D, dtype=torch.float64) for n in (rows, classes, classes))
+    H = HeadHessian(x, W, chunk_size=chunk)
+    with NewTensors() as new:
+        of(H, g)
+    assert max(new.sizes) == chunk * classes
+
+
+def test_batches_in_another_order_each_time_are_solved(problem):
+    _, matrix, head = problem
+    rows = DataLoader(TensorDataset(head.input, head.target), batch_size=3, shuffle=True)
+    H = HeadHessian(rows, head.linear_weight, linear_bias=head.linear_bias, **head.options)
+    g = head.direction()
+    u = flat(H.solve(g, 0.5, tolerance=1e-10))
+    damped = matrix + 0.5 * torch.eye(len(matrix), dtype=torch.float64)
+    torch.testing.assert_close(u, torch.linalg.solve(damped, flat(g)), rtol=1e-6, atol=1e-7)
 
 
 # SciPy

@@ -118,6 +118,28 @@ def test_one_of_each(inputs, given, name):
     assert_as_the_plan(gradient.jvp(everything), *inputs, *weights, *moved)
 
 
+@every_kind
+@every_step
+@pytest.mark.parametrize("layer", ["layer", "layer with bias"])
+@pytest.mark.parametrize(("weighted", "label_smoothing"), [(True, 0.1)])
+@every_dtype
+def test_many_directions_of_a_layer(inputs, step):
+    plan, work = plan_for(inputs, step)
+    layer = tuple(
+        n in ("W", "b") and i is not None for n, i in zip(Inputs._fields, inputs, strict=True)
+    )
+    weights = [torch.randn(N, dtype=work) for _ in range(2)]
+    directions = [torch.stack([u, -2 * u, u.cos()]) for u in like(inputs, layer)]
+    none = [False] * len(inputs)
+
+    of_gradient = plan.vjp(layer, (True, True)).vjp((*layer, True, True), (True,) * sum(layer))
+    batched = (*none, False, False, *(True for _ in directions))
+    assert_as_the_plan(of_gradient._at_once(3, batched), *inputs, *weights, *directions)
+    of_numbers = plan.jvp(layer)
+    batched = (*none, *(True for _ in directions))
+    assert_as_the_plan(of_numbers._at_once(3, batched), *inputs, *directions)
+
+
 @pytest.mark.parametrize("kind", ["indices"])
 @pytest.mark.parametrize("layer", ["layer"])
 @pytest.mark.parametrize(("weighted", "label_smoothing"), [(False, 0.0)])

@@ -16,8 +16,10 @@ from torch import Tensor
 from ..losses import _formulas as formulas
 from ..losses._chunked import cut, slices
 from ..losses._dtypes import accumulation_dtype, cast
+from ..losses._hessian import rows_to_hold
+from ..losses._many import Directions, add_hessians_
 from ..losses._products import add_pulled_to_classes_, multiplied_in
-from ..losses._sweeps import FEW_CLASSES, How, Inputs, Logits, put
+from ..losses._sweeps import How, Inputs, Logits, put
 from ..losses.linear import default_chunk_size
 from ._rows import Layer, Rows
 
@@ -50,44 +52,41 @@ def how_of(layer: Layer, chunk_size: int | None) -> How:
     return How(step, dtype, dtype)
 
 
-def chunks(layer: Layer, rows: Rows, how: How) -> Iterator[Chunk]:
-    """The rows a chunk at a time."""
+class Held:
+    """S of the first rows, each chunk's once it was made, for more passes over the same rows."""
+
+    def __init__(self, layer: Layer, how: How) -> None:
+        self.rows = rows_to_hold(len(layer.W), how.dtype, layer.W.device)
+        self.softmaxes: dict[int, Tensor] = {}  # by the first row of a chunk
+
+
+def chunks(layer: Layer, rows: Rows, how: How, held: Held | None = None) -> Iterator[Chunk]:
+    """The rows a chunk at a time. What is held must not be written over."""
     inputs = Inputs(rows.x, *layer, keep=rows.keep)
     logits = Logits(inputs, how)
     for part in slices(len(rows.x), how.step):
         here = inputs.rows(part)
-        S = z = logits.of(here.x, *layer)
-        blocks = list(logits.blocks(z))
-        for block in blocks:
-            S = put(z, block, formulas.softmax(cut(z, block), 1))
-        yield Chunk(here.x, S, None if rows.factor is None else rows.factor[part], blocks)
+        S = None if held is None else held.softmaxes.get(part.start)
+        if S is None:
+            S = logits.softmax_of(here.x, *layer)
+            if held is not None and part.stop <= held.rows:
+                S = held.softmaxes[part.start] = S.clone()
+        factor = None if rows.factor is None else rows.factor[part]
+        yield Chunk(here.x, S, factor, list(logits.blocks(S)))
 
 
-def add_products_(out: Layer, layer: Layer, rows: Rows, how: How, u: Layer) -> None:
+def add_products_(
+    out: Layer, layer: Layer, rows: Rows, how: How, u: Layer, held: Held | None = None
+) -> None:
     """Add the products Σ r J (u x̃) x̃ᵀ with M directions u: W (M, K, D) and b (M, K).
 
-    The logits of a chunk are made once, so that it takes 1 + 2 M products of the layer.
+    The logits of a chunk are made once, so that it takes 1 + 2 M products of the layer; and 2 M
+    where S is held.
     """
-    number, classes, _ = u.W.shape
-    # Few classes are many directions' at a time, in a product that is faster for it.
-    together = max(1, min(number, FEW_CLASSES // classes))
-    dtype = multiplied_in(rows.x.dtype, rows.x.device)
-    directions = Layer(cast(u.W, dtype), None if u.b is None else cast(u.b, how.logits_dtype))
-    changes = Logits(Inputs(rows.x, directions.W[:together].flatten(0, 1)), how)
-    for chunk in chunks(layer, rows, how):
-        for some in slices(number, together):
-            uW, ub = (None if t is None else t[some].flatten(0, 1) for t in directions)
-            assert uW is not None
-            h = z = changes.of(chunk.x, uW, ub)
-            for block in changes.blocks(z):
-                S = cut(chunk.softmax, block).unsqueeze(1)
-                along = cut(z, block).unflatten(1, (-1, classes))
-                a = chunk.weighted(formulas.jacobian_product(S, along, 2).flatten(1), block)
-                if out.b is not None:
-                    out.b[some].add_(a.sum(0).view(-1, classes))
-                h = put(z, block, a)
-            h = cast(h, dtype)
-            add_pulled_to_classes_(out.W[some].flatten(0, 1), h, chunk.x)
+    W = cast(u.W, multiplied_in(rows.x.dtype, rows.x.device))
+    directions = Directions(rows.x, W, None if u.b is None else cast(u.b, how.logits_dtype), how)
+    for chunk in chunks(layer, rows, how, held):
+        add_hessians_(Inputs(None, *out), chunk.x, chunk.softmax, chunk.factor, directions)
 
 
 def add_diagonal_(out: Layer, layer: Layer, rows: Rows, how: How) -> None:
@@ -111,9 +110,9 @@ class Traces(NamedTuple):
     of_classes: Tensor  # Σ r (1 − S·S)
 
 
-def add_traces_(out: Traces, layer: Layer, rows: Rows, how: How) -> None:
+def add_traces_(out: Traces, layer: Layer, rows: Rows, how: How, held: Held | None = None) -> None:
     """Add the traces."""
-    for chunk in chunks(layer, rows, how):
+    for chunk in chunks(layer, rows, how, held):
         squares = cast(chunk.x, how.dtype).square().sum(1, keepdim=True)
         if layer.b is not None:
             squares += 1

@@ -15,6 +15,7 @@ from ._rows import Batches, Data, Layer, layer_of
 from ._scipy import largest_eigenvalues, linear_operator
 from ._solve import moments_of, solved
 from ._sweeps import (
+    Held,
     Outer,
     Traces,
     add_diagonal_,
@@ -23,6 +24,7 @@ from ._sweeps import (
     add_traces_,
     how_of,
 )
+from ._watched import Watched
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -50,7 +52,9 @@ class HeadHessian:
 
     where x̃ is x, with a 1 for the bias. It is the Gauss-Newton and the Fisher matrix as well, and
     it is never held: each result is one pass over the rows, in memory for `chunk_size` rows of
-    logits. The labels only say which rows count, and may be left out.
+    logits. The labels only say which rows count, and may be left out. `solve` and `eigenvalues`,
+    which go over the rows again and again, hold S of those for which a quarter of the memory
+    suffices while they are at work, where the input is a tensor and no `chunk_size` is given.
 
     `H @ u` multiplies a direction u of the parameters: (C, D), or a pair (C, D) and (C) where there
     is a bias. M directions at once, (M, C, D), or a pair (M, C, D) and (M, C), share the logits:
@@ -116,13 +120,10 @@ class HeadHessian:
         self.layer = layer_of(linear_weight, linear_bias, input)
         self.how = how_of(self.layer, checks.chunk_size(chunk_size))
         self.data = Data(input, target, row_weight, ignore_index, self.layer)
+        # Batches may come in another order each time, and whoever gives a size wants no more held.
+        self.may_hold = self.data.are_given and chunk_size is None
         given = {"input": input, "target": target, "row_weight": row_weight}
-        given |= {"linear_weight": linear_weight, "linear_bias": linear_bias}
-        self.given = {  # with the number of changes in place, which inference tensors don't count
-            name: (value, value._version)
-            for name, value in given.items()
-            if isinstance(value, Tensor) and not value.is_inference()
-        }
+        self.given = Watched(given | {"linear_weight": linear_weight, "linear_bias": linear_bias})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -248,14 +249,15 @@ class HeadHessian:
         tolerance = checks.number("tolerance", tolerance)
         checks.finite("tolerance", tolerance, above_zero=True)
         right, single = directions_of("g", g, self.layer, self.dtype)
+        held = self._to_hold()
         with torch.no_grad():
-            curvature = float(self._traces().of_classes) / max(1, len(self.layer.W) - 1)
+            curvature = float(self._traces(held).of_classes) / max(1, len(self.layer.W) - 1)
             precondition = Preconditioner(
                 moments_of(self.data, self.how), curvature, self.weight_decay + damping, None
             )
 
             def multiply(v: Tensor) -> Tensor:
-                product = self._products(parted(v, self.layer))
+                product = self._products(parted(v, self.layer), held)
                 return joined(product).add_(v, alpha=damping)
 
             u = solved(multiply, joined(right), precondition, tolerance)
@@ -270,12 +272,7 @@ class HeadHessian:
         Raises:
             UserError: SciPy is not installed.
         """
-
-        def multiply(vectors: Tensor) -> Tensor:
-            return flat(self._products(unflat(vectors, self.layer)))
-
-        size, _ = self.shape
-        return linear_operator(multiply, size, self.dtype, self.device)
+        return self._linear_operator(None)
 
     def eigenvalues(self, k: int = 6) -> Tensor:
         """The k largest eigenvalues, (k), from the largest on, by SciPy's Lanczos.
@@ -297,26 +294,38 @@ class HeadHessian:
         size, _ = self.shape
         if k >= size:
             raise ValueError(f"k must be less than {size}, the order of the Hessian, got {k}")
-        return largest_eigenvalues(self.as_linear_operator(), checks.integer("k", k))
+        operator = self._linear_operator(self._to_hold())
+        return largest_eigenvalues(operator, checks.integer("k", k))
+
+    def _linear_operator(self, held: Held | None) -> "LinearOperator":
+        def multiply(vectors: Tensor) -> Tensor:
+            return flat(self._products(unflat(vectors, self.layer), held))
+
+        size, _ = self.shape
+        return linear_operator(multiply, size, self.dtype, self.device)
 
     # The passes over all rows.
 
-    def _products(self, directions: Layer) -> Layer:
+    def _to_hold(self) -> Held | None:
+        """What S is held in, for more than one pass."""
+        return Held(self.layer, self.how) if self.may_hold else None
+
+    def _products(self, directions: Layer, held: Held | None = None) -> Layer:
         """The products with directions of a weight (M, C, D) and bias (M, C)."""
         zeros = (None if t is None else self._zeros(*t.shape) for t in directions)
-        out = self._sum(add_products_, Layer(*zeros), directions)  # type: ignore[arg-type]
+        out = self._sum(add_products_, Layer(*zeros), directions, held)  # type: ignore[arg-type]
         if self.weight_decay:
             out.W.add_(directions.W, alpha=self.weight_decay)
         return out
 
-    def _traces(self) -> Traces:
-        return self._sum(add_traces_, Traces(*self._zeros(2, dtype=torch.float64)))
+    def _traces(self, held: Held | None = None) -> Traces:
+        return self._sum(add_traces_, Traces(*self._zeros(2, dtype=torch.float64)), held)
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
     @torch.no_grad()
-    def _sum(self, add_: Callable[..., None], out: Sums, *others: Layer) -> Sums:
+    def _sum(self, add_: Callable[..., None], out: Sums, *others: Layer | Held | None) -> Sums:
         """The sums or means over all rows, which are added to zeros."""
         if is_transformed():
             raise NotImplementedError(
@@ -324,12 +333,7 @@ class HeadHessian:
                 "M directions as (M, C, D), and what is to be differentiated is a product by "
                 "torch.func of functional.linear_cross_entropy"
             )
-        for name, (value, version) in self.given.items():
-            if value._version != version:
-                raise RuntimeError(
-                    f"{name} must not be changed in place as long as its HeadHessian is used: "
-                    "make a new one, or give it a clone"
-                )
+        self.given.check()
         counted = 0
         with outside_autocast(self.layer.W):
             for rows in self.data:

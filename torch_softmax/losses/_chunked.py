@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,14 @@ class Sweep(Protocol):
 
     def jvp(self, moved: Mask) -> "Sweep | None":
         """That of the plan's `jvp`; None where there is none."""
+
+
+@runtime_checkable
+class SweepOfMany(Sweep, Protocol):
+    """A sweep whose plan has a faster way for many elements of a batch as well."""
+
+    def batch(self, batched: Mask) -> Sweep | None:
+        """That of the plan for a batch of some tensors; None where there is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +182,15 @@ class Plan:
         return chunked(self.jvp(moved), *tensors, *select(tangents, moved))
 
     def batch(self, size: int, dims: tuple[int | None, ...], tensors: Tensors) -> Tensors:
-        """The results for each element of a batch: as more rows if they can be, or in a loop."""
+        """The results for each element of a batch: at once, as more rows, or in a loop."""
+        at_once = self._at_once(size, tuple(dim is not None for dim in dims))
+        if at_once is not None:
+            at = (
+                t if d is None or t is None else t.movedim(d, 0)
+                for t, d in zip(tensors, dims, strict=True)
+            )
+            outputs = zip(chunked(at_once, *at), self.rows_out, strict=True)
+            return tuple(r.movedim(1, 0) if of_rows else r for r, of_rows in outputs)
         pairs = list(zip(tensors, dims, self.rows_in, strict=True))
         if size == 0 or not all(self.rows_out) or any(d is not None and not r for _, d, r in pairs):
             return in_a_loop(self, size, dims, tensors)
@@ -187,6 +203,22 @@ class Plan:
 
         results = chunked(self, *(fold(*pair) for pair in pairs))
         return tuple(result.unflatten(0, (size, -1)) for result in results)
+
+    def _at_once(self, size: int, batched: Mask) -> "Plan | None":
+        """The plan for a batch of tensors without rows, (size, ...), where a sweep knows it.
+
+        Its results are (size, ...), or (N, size, ...) of those with rows.
+        """
+        sweep = self.sweep.batch(batched) if isinstance(self.sweep, SweepOfMany) else None
+        if size == 0 or sweep is None:
+            return None
+        fn = torch.vmap(
+            self.fn,
+            tuple(0 if of_batch else None for of_batch in batched),
+            tuple(1 if of_rows else 0 for of_rows in self.rows_out),
+        )
+        # Where the function itself is asked, all elements of a chunk are held at a time.
+        return Plan(fn, self.rows_in, self.rows_out, max(1, self.step // size), sweep)
 
 
 def in_a_loop(plan: Any, size: int, dims: tuple[int | None, ...], tensors: Tensors) -> Tensors:

@@ -18,6 +18,11 @@ from ._rows import Rows, memory_of
 _HELD = 0.25  # of the memory of a device, for S
 
 
+def rows_to_hold(classes: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The rows whose S may be held, in a share of a device's memory."""
+    return int(_HELD * memory_of(device)) // (classes * dtype.itemsize)
+
+
 class Piece(NamedTuple):
     """Some examples in equal parts, one for each core.
 
@@ -109,7 +114,7 @@ class MeanHessian:
         self.W, self.b = examples.inward(v)
         x, classes = examples.x, len(self.W)
         # Made once: small tensors that stay between large ones that go would break up the heap.
-        fitting = int(_HELD * memory_of(x.device)) // (classes * x.dtype.itemsize)
+        fitting = rows_to_hold(classes, x.dtype, x.device)
         held = self.W.new_empty(min(len(x), fitting) * classes)
         self.held: list[Tensor | None] = []  # (parts, K, n) for each piece
         # m (1 − Σ S²) / (K − 1) of each example: the mean eigenvalue of m J, apart from one of 0

@@ -11,10 +11,12 @@ from . import _formulas as formulas
 from ._autograd import Mask, merge, select
 from ._chunked import Plan
 from ._formulas import Factors, Numbers
+from ._many import hessians_along, slopes_along
 from ._sweeps import OF_ROWS, How, Inputs, hessian_along, kept, numbers_and_gradients
 
 # Masks of the inputs and of the factors s and t.
 NO_INPUTS: Mask = (False,) * len(OF_ROWS)
+OF_LAYER: Mask = Inputs(*NO_INPUTS)._replace(W=True, b=True)
 BOTH, NEITHER = (True, True), (False, False)
 
 
@@ -128,8 +130,18 @@ class GradientSweep(CrossEntropySweep):
         return merge((*NO_INPUTS, *NEITHER), (*(True for _ in NO_INPUTS), *self.given), mask)
 
 
-class HessianSweep(CrossEntropySweep):
-    """The change of T's gradient along a direction. Its own derivatives are those of the plan."""
+class SecondOrderSweep(CrossEntropySweep):
+    """How T's gradient changes. The derivatives of that are the plan's own."""
+
+    def vjp(self, wanted: Mask, given: Mask) -> None:
+        """None."""
+
+    def jvp(self, moved: Mask) -> None:
+        """None."""
+
+
+class HessianSweep(SecondOrderSweep):
+    """The change along a direction."""
 
     def run(self, *tensors: Any) -> tuple[Tensor, ...]:
         """The changes, of the shapes of what they are by."""
@@ -138,8 +150,34 @@ class HessianSweep(CrossEntropySweep):
         changes, slopes = hessian_along(inputs, factors, direction, of_factors, wanted, self.how)
         return select((*changes, *slopes), self.asked)
 
-    def vjp(self, wanted: Mask, given: Mask) -> None:
-        """None."""
+    def batch(self, batched: Mask) -> "HessiansSweep | None":
+        """The same along many directions of W, or of W and b, if nothing else is batched."""
+        directions = sum(self.moved)
+        if (
+            self.how.across is None
+            and Inputs(*self.moved[:-2]).W
+            and all(select((*OF_LAYER, *NEITHER), self.moved))
+            and all(select((*OF_LAYER, *BOTH), self.asked))
+            and not any(batched[:-directions])
+            and all(batched[-directions:])
+        ):
+            return HessiansSweep(self.how, self.given, self.moved, self.asked)
+        return None
 
-    def jvp(self, moved: Mask) -> None:
-        """None."""
+
+class HessiansSweep(SecondOrderSweep):
+    """The changes along many directions of W (M, K, D), and of b (M, K)."""
+
+    def run(self, *tensors: Any) -> tuple[Tensor, ...]:
+        """The changes (M, ...) of gradients, and the slopes (N, M)."""
+        inputs, factors, directions, _ = self.point(tensors)
+        wanted = Inputs(*self.of_inputs)
+        of_numbers = self.asked[len(NO_INPUTS) :]
+        results: tuple[Tensor, ...] = ()
+        if any(wanted):
+            changes = hessians_along(inputs, factors, directions, wanted, self.how)
+            results = select(changes, self.of_inputs)
+        if any(of_numbers):
+            slopes = slopes_along(inputs, directions, self.how)
+            results = (*results, *select(slopes, of_numbers))
+        return results

@@ -118,6 +118,14 @@ class Logits:
             return (W @ x.t() if b is None else torch.addmm(b.unsqueeze(1), W, x.t())).t()
         return multiply(x, W, b, self.buffer[: x.shape[0], : W.shape[0]])
 
+    def softmax_of(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """S (n, K) of the same logits, whose place it takes where the dtypes are the same."""
+        z = self.of(x, W, b)
+        S = z if z.dtype == self.how.dtype else torch.empty_like(z, dtype=self.how.dtype)
+        for block in self.blocks(z):
+            S = put(S, block, formulas.softmax(cast(cut(z, block), self.how.dtype), 1))
+        return S
+
     def blocks(self, z: Tensor) -> Iterator[slice]:
         """The rows of a chunk to go over at a time, so that a CPU finds them in its cache."""
         # Several places wait for one another at every block: one is enough.
