@@ -442,7 +442,7 @@ def test_every_step_is_reported_and_descends(examples):
     assert [start, *actual] == sorted([start, *actual], reverse=True)
 
 
-@pytest.mark.parametrize("max_steps", [1, 3])
+@pytest.mark.parametrize("max_steps", [0, 1, 3])
 def test_max_steps_end_it_without_convergence(examples, max_steps):
     model = new_model()
     result = newton.minimize(model, *examples, WEIGHT_DECAY, tolerance=1e-8, max_steps=max_steps)
@@ -504,7 +504,7 @@ def test_it_ends_unconverged_where_nothing_descends(examples, monkeypatch):
         ("weight_decay", math.inf, ValueError),
         ("tolerance", 0.0, ValueError),
         ("tolerance", math.inf, ValueError),
-        ("max_steps", 0, ValueError),
+        ("max_steps", -1, ValueError),
         ("max_steps", 2.0, TypeError),
         ("input", torch.zeros(4, 5, dtype=torch.float64), ValueError),
         ("input", torch.zeros(4, 64), TypeError),

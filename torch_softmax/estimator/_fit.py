@@ -17,7 +17,7 @@ _SEPARATED = 1e-6
 def check_parameters(estimator: Any) -> None:
     """Raise unless the parameters that both estimators have are in range."""
     checks.finite("tol", checks.number("tol", estimator.tol), above_zero=True)
-    checks.positive("max_iter", estimator.max_iter)
+    checks.count("max_iter", estimator.max_iter)
 
 
 def model_at(start: SoftmaxRegression | None, examples: Examples, bias: bool) -> SoftmaxRegression:

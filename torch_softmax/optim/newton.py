@@ -59,7 +59,7 @@ def minimize(
             besides; None for what the tolerance gives. As f is λ-strongly convex in W, a gradient
             norm of λ ‖W‖ times this is enough. Without a penalty nothing tells how near it is,
             and the gradient norm is to be this part of the tolerance.
-        max_steps: The Newton steps to give up after.
+        max_steps: The Newton steps to give up after; 0 for the start alone.
         report: Is called with the result so far after every step, once the model is updated.
         ranks: The processes that each hold some of the examples, and the same model.
 
@@ -106,7 +106,7 @@ def goal_of(tolerance: float, weight_tolerance: float | None, max_steps: int) ->
     checks.finite("tolerance", tolerance, above_zero=True)
     if weight_tolerance is not None:
         checks.finite("weight_tolerance", weight_tolerance, above_zero=True)
-    checks.positive("max_steps", max_steps)
+    checks.count("max_steps", max_steps)
     return Goal(tolerance, weight_tolerance, max_steps)
 
 
