@@ -51,6 +51,11 @@ class Examples(NamedTuple):
         """Σw."""
         return len(self.rows) if self.weight is None else float(self.weight.sum())
 
+    def absent(self) -> list[Any]:
+        """The classes that no example of a weight above 0 has."""
+        totals = torch.bincount(self.y.codes, self.weight, minlength=len(self.y.classes))
+        return list(self.y.classes[(totals == 0).numpy()].tolist())
+
     def penalty(self, C: float) -> float:
         """λ: a mean loss is 1/Σw of the sum, and of two classes our rows are half as long."""
         return (2 if len(self.y.classes) == 2 else 1) / C / self.total
