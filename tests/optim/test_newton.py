@@ -569,6 +569,12 @@ def test_numbers_whose_squares_are_not_finite_are_refused():
         newton.minimize(SoftmaxRegression(1, 2), input, torch.tensor([0, 1, 0, 1]), 0.0)
 
 
+def test_features_beyond_the_memory_are_refused(examples, monkeypatch):
+    monkeypatch.setattr(newton, "memory_of", lambda device: 2**16)
+    with pytest.raises(ValueError, match=r"input must have features .* fit in memory, got 64, for"):
+        newton.minimize(new_model(), *examples, WEIGHT_DECAY)
+
+
 def test_half_precision_is_refused():
     model = new_model(torch.bfloat16)
     with pytest.raises(TypeError, match="model must have float32 or float64 parameters"):

@@ -116,8 +116,8 @@ class SoftmaxClassifier(LinearSoftmax):
     """Softmax regression to its optimum, in the place of scikit-learn's `LogisticRegression`.
 
     It minimises C Σ_n w_n L_n + ½‖W‖² with the cross-entropy L and a free intercept, by Newton's
-    method with Hessian-vector products, in the memory of a few rows of X. Its optimum, shapes and
-    names are those of `LogisticRegression`.
+    method with Hessian-vector products, in the memory of a few rows of X and of some matrices
+    (D, D). Its optimum, shapes and names are those of `LogisticRegression`.
 
     Args:
         C: The inverse of the penalty's strength, above 0; `float("inf")` for no penalty.
@@ -129,8 +129,8 @@ class SoftmaxClassifier(LinearSoftmax):
         max_iter: The Newton steps to give up after, 0 or more.
         warm_start: Whether to begin with the coefficients that are there.
         device: Where to work; "auto" is where a tensor X is, else a GPU if there is one.
-        dtype: "float32" or "float64", of the products; sums are in float64. "auto" is float32 for
-            X of that or less.
+        dtype: "float32" or "float64", of the products; sums are in float64, and gradients too where
+            rounding would hide the optimum. "auto" is float32 for X of that or less.
 
     Attributes:
         classes_: (K,), in order.
