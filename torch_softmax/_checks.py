@@ -10,6 +10,7 @@ from ._transforms import is_moving
 
 # Those that need no torch are there by this name too.
 from ._values import UserError as UserError
+from ._values import count as count
 from ._values import finite as finite
 from ._values import integer as integer
 from ._values import one_of as one_of

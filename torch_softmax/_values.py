@@ -21,6 +21,12 @@ def positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def count(name: str, value: object) -> None:
+    """Raise unless a named argument is an int of at least 0."""
+    if integer(name, value) < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
 def seed(name: str, value: object) -> None:
     """Raise unless a named argument is an int that every generator of torch takes as its seed."""
     if not 0 <= integer(name, value) < 2**63:

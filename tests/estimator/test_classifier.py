@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
+from scipy import sparse
 from sklearn.base import clone
 from sklearn.datasets import load_iris, load_wine
 from sklearn.exceptions import ConvergenceWarning
@@ -146,11 +147,30 @@ def test_integer_weights_are_repeated_examples(iris):
     np.testing.assert_allclose(weighted.coef_, repeated.coef_, rtol=0, atol=1e-7)
 
 
-def test_a_class_without_weight_is_there_and_never_predicted(iris):
+@pytest.mark.parametrize("by", ["sample_weight", "class_weight"])
+@pytest.mark.parametrize("problem", ["iris", "two classes", "one class left"])
+def test_a_class_without_weight_is_what_it_is_in_scikit_learn(iris, problem, by):
+    X, y = PROBLEMS["two classes" if problem == "two classes" else "iris"](iris)
+    without = [1, 2] if problem == "one class left" else [1]
+    options = {"class_weight": dict.fromkeys(without, 0.0)} if by == "class_weight" else {}
+    weight = None if options else (~np.isin(y, without)).astype(float)
+    ours = SoftmaxClassifier(tol=1e-6, **options).fit(X, y, weight)
+    theirs = LogisticRegression(solver="newton-cholesky", tol=1e-10, **options).fit(X, y, weight)
+    np.testing.assert_array_equal(ours.classes_, theirs.classes_)
+    np.testing.assert_array_equal(ours.predict(X), theirs.predict(X))
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-6)
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-6)
+
+
+def test_a_class_without_weight_is_told_of_where_that_is_why_it_ends(iris):
     X, y = iris
-    classifier = SoftmaxClassifier().fit(X, y, sample_weight=(y != 1).astype(float))
-    assert len(classifier.classes_) == 3
-    assert not (classifier.predict(X) == 1).any()
+    with pytest.warns(ConvergenceWarning, match="not converged .* leave out the class 1, which"):
+        SoftmaxClassifier(tol=1e-12).fit(X, y, sample_weight=(y != 1).astype(float))
+
+
+def test_weights_of_classes_that_are_not_there_are_of_no_account_where_all_have_one(iris):
+    ours = SoftmaxClassifier(class_weight={0: 1, 1: 1, 2: 1, 7: 2}).fit(*iris)
+    np.testing.assert_array_equal(ours.coef_, SoftmaxClassifier(class_weight={}).fit(*iris).coef_)
 
 
 # What goes in and comes out
@@ -208,6 +228,37 @@ def test_arrays_of_any_dtype(iris, dtype):
     np.testing.assert_allclose(classifier.coef_, expected.coef_, rtol=0, atol=1e-3)
     is_narrow = dtype in ("float16", "float32")
     assert classifier.coef_.dtype == (np.float32 if is_narrow else np.float64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int8", "longdouble"])
+@pytest.mark.parametrize("layout", ["csr_matrix", "csc_array", "coo_array"])
+def test_sparse_matrices_are_what_they_are_as_arrays(iris, layout, dtype):
+    X, y = np.where(iris[0] > 3, 10 * iris[0], 0).astype(dtype), iris[1]
+    matrix = getattr(sparse, layout)(X)
+    classifier = SoftmaxClassifier(tol=1e-6, dtype="float64")
+    expected = clone(classifier).fit(X, y)
+    classifier.fit(matrix, y)
+    np.testing.assert_allclose(classifier.coef_, expected.coef_, atol=1e-6)
+    for name in ("predict", "predict_proba", "decision_function"):
+        actual = getattr(classifier, name)(matrix)
+        np.testing.assert_array_equal(actual, getattr(classifier, name)(X))
+
+
+def test_sparse_matrices_are_made_dense_a_few_rows_at_a_time(monkeypatch):
+    rows, features = 5000, 1000
+    matrix = sparse.random_array((rows, features), density=1e-3, format="csr", rng=0)
+    made, toarray = [], sparse.csr_matrix.toarray
+    monkeypatch.setattr(
+        sparse.csr_matrix, "toarray", lambda part: made.append(part.shape[0]) or toarray(part)
+    )
+    SoftmaxClassifier(C=1e-3).fit(matrix, np.arange(rows) % 3)
+    assert 0 < max(made) < rows
+
+
+def test_numbers_of_a_sparse_matrix_are_finite(iris):
+    X = sparse.csr_array(np.where(iris[0] == iris[0][7, 0], np.nan, 0))
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        SoftmaxClassifier().fit(X, iris[1])
 
 
 def test_the_module_of_a_classifier_has_its_probabilities(iris):
@@ -268,6 +319,13 @@ def test_a_fit_that_fails_leaves_the_one_before(iris):
     np.testing.assert_array_equal(classifier.predict_proba(X), expected)
 
 
+def test_no_steps_leave_the_start(iris):
+    with pytest.warns(ConvergenceWarning, match="not converged"):
+        classifier = SoftmaxClassifier(max_iter=0).fit(*iris)
+    assert classifier.n_iter_[0] == 0
+    np.testing.assert_array_equal(classifier.predict_proba(iris[0]), np.full((150, 3), 1 / 3))
+
+
 def test_too_few_steps_are_told_of(iris):
     with pytest.warns(ConvergenceWarning, match=r"not converged .* raise max_iter or tol"):
         SoftmaxClassifier(max_iter=2).fit(*iris)
@@ -311,10 +369,11 @@ def test_float32_stops_where_rounding_does_without_a_warning(iris):
         ({"C": 0}, ValueError, "C must be above 0"),
         ({"C": "1"}, TypeError, "C must be a float"),
         ({"tol": -1.0}, ValueError, "tol must be a finite number above 0"),
-        ({"max_iter": 0}, ValueError, "max_iter must be at least 1"),
+        ({"max_iter": -1}, ValueError, "max_iter must be at least 0"),
         ({"device": "foo"}, ValueError, "device must be 'auto' or one of torch's, got 'foo'"),
         ({"dtype": "float16"}, ValueError, "dtype must be 'auto', 'float32' or 'float64'"),
         ({"class_weight": "heavy"}, ValueError, "class_weight must be a dict"),
+        ({"class_weight": {0: 1, 7: 2}}, ValueError, r"classes, \[1, 2\], are not in class_weight"),
     ],
 )
 def test_an_unfit_parameter_is_named(iris, options, error, message):
@@ -325,12 +384,6 @@ def test_an_unfit_parameter_is_named(iris, options, error, message):
 def test_weights_that_are_all_0_are_refused(iris):
     with pytest.raises(ValueError, match=r"(?i)sample.weight.* must "):
         SoftmaxClassifier().fit(*iris, sample_weight=np.zeros(150))
-
-
-def test_sparse_examples_are_refused_with_what_to_do(iris):
-    sparse = pytest.importorskip("scipy.sparse")
-    with pytest.raises(TypeError, match="toarray"):
-        SoftmaxClassifier().fit(sparse.csr_matrix(iris[0]), iris[1])
 
 
 def test_sparse_tensors_are_refused_with_what_to_do(iris):

@@ -6,6 +6,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
+from scipy import sparse
 from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -67,8 +68,12 @@ def test_scores_by_name_and_weights(iris):
     assert classifier.score(X, y) < 0
 
 
-@pytest.mark.parametrize("make", [torch.tensor, lambda X: Rows(X)], ids=["tensor", "rows"])
-def test_tensors_and_rows_go_in(iris, make):
+@pytest.mark.parametrize(
+    "make",
+    [torch.tensor, lambda X: Rows(X), sparse.csr_array, sparse.coo_matrix],
+    ids=["tensor", "rows", "csr", "coo"],
+)
+def test_tensors_rows_and_sparse_matrices_go_in(iris, make):
     X, y = iris
     expected = SoftmaxClassifierCV([0.1, 1.0]).fit(X, y)
     classifier = SoftmaxClassifierCV([0.1, 1.0]).fit(make(X), y)

@@ -73,3 +73,16 @@ def test_moments_about_a_large_mean_are_not_lost_in_rounding():
     f = Objective(input.float(), torch.zeros(500).long(), 0.0, bias=True)
     expected = torch.cov(input.float().double().t(), correction=0)
     torch.testing.assert_close(f.moments().second.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_wide_products_are_those_of_the_same_numbers_in_float64(problem, bias, weighted):
+    _, v, input, target = problem
+    input, target = input.float(), target.float() if target.is_floating_point() else target
+    weight = torch.randint(1, 4, (len(input),)).double() if weighted else None
+    wide = Objective(input, target, WEIGHT_DECAY, bias, weight).wide().at(v)
+    exact = Objective(input.double(), target, WEIGHT_DECAY, bias, weight).at(v)
+    assert wide.value == pytest.approx(exact.value, rel=1e-7 if weighted else 1e-14)
+    torch.testing.assert_close(
+        wide.gradient, exact.gradient, rtol=0, atol=1e-7 if weighted else 1e-15
+    )

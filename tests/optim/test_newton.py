@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from tests.regression import CLASSES, WEIGHT_DECAY, probabilities
 from torch_softmax import SoftmaxRegression
 from torch_softmax.losses import _hessian
+from torch_softmax.losses._objective import Objective
 from torch_softmax.optim import Rows, _descent, newton
 
 
@@ -118,9 +119,9 @@ def test_a_mean_that_is_large_for_float32():
     result = newton.minimize(model, far, target, 0.0)
     expected = newton.minimize(exact, far.double(), target, 0.0, tolerance=1e-9)
     # The bias is rounded to some 1e-5, which the mean multiplies.
-    assert result.gradient_norm <= 1e-3
+    assert result.gradient_norm <= 5e-4
     assert result.converged or result.reachable == result.gradient_norm
-    assert result.objective == pytest.approx(expected.objective, abs=1e-6)
+    assert result.objective == pytest.approx(expected.objective, abs=1e-8)
 
 
 def test_units_of_the_features_do_not_matter():
@@ -390,6 +391,24 @@ def test_what_rounding_leaves_is_known_and_not_looped_for(seed):
     assert 0 < result.gradient_norm <= 30 * result.reachable
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "weights"])
+@pytest.mark.parametrize("weight_decay", [1e-9, 1e-7])
+def test_float32_comes_to_the_optimum_at_weak_penalties(examples, weight_decay, kind):
+    input, target = examples
+    input = input.float()
+    target = probabilities(target).float() if kind == "probabilities" else target
+    weight = torch.rand(len(input), dtype=torch.float64) if kind == "weights" else None
+    options = {"sample_weight": weight, "max_steps": 200}
+    model, exact = new_model(torch.float32), new_model()
+    newton.minimize(model, input, target, weight_decay, weight_tolerance=1e-4, **options)
+    expected = newton.minimize(
+        exact, input.double(), target, weight_decay, weight_tolerance=1e-6, **options
+    )
+    f = Objective(input.double(), target, weight_decay, True, weight)
+    v = torch.cat([model.weight, model.bias.unsqueeze(1)], 1).detach().double()
+    assert f.at(v).value == pytest.approx(expected.objective, rel=1e-7)
+
+
 # Rows
 
 
@@ -442,7 +461,7 @@ def test_every_step_is_reported_and_descends(examples):
     assert [start, *actual] == sorted([start, *actual], reverse=True)
 
 
-@pytest.mark.parametrize("max_steps", [1, 3])
+@pytest.mark.parametrize("max_steps", [0, 1, 3])
 def test_max_steps_end_it_without_convergence(examples, max_steps):
     model = new_model()
     result = newton.minimize(model, *examples, WEIGHT_DECAY, tolerance=1e-8, max_steps=max_steps)
@@ -504,7 +523,7 @@ def test_it_ends_unconverged_where_nothing_descends(examples, monkeypatch):
         ("weight_decay", math.inf, ValueError),
         ("tolerance", 0.0, ValueError),
         ("tolerance", math.inf, ValueError),
-        ("max_steps", 0, ValueError),
+        ("max_steps", -1, ValueError),
         ("max_steps", 2.0, TypeError),
         ("input", torch.zeros(4, 5, dtype=torch.float64), ValueError),
         ("input", torch.zeros(4, 64), TypeError),
@@ -548,6 +567,12 @@ def test_numbers_whose_squares_are_not_finite_are_refused():
     input = torch.tensor([[1e24], [-1e24], [3e24], [0.0]])
     with pytest.raises(ValueError, match="input must hold numbers whose squares are finite"):
         newton.minimize(SoftmaxRegression(1, 2), input, torch.tensor([0, 1, 0, 1]), 0.0)
+
+
+def test_features_beyond_the_memory_are_refused(examples, monkeypatch):
+    monkeypatch.setattr(newton, "memory_of", lambda device: 2**16)
+    with pytest.raises(ValueError, match=r"input must have features .* fit in memory, got 64, for"):
+        newton.minimize(new_model(), *examples, WEIGHT_DECAY)
 
 
 def test_half_precision_is_refused():

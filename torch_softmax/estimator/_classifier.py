@@ -106,13 +106,18 @@ class LinearSoftmax(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "coef_")
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
 
 class SoftmaxClassifier(LinearSoftmax):
     """Softmax regression to its optimum, in the place of scikit-learn's `LogisticRegression`.
 
     It minimises C Σ_n w_n L_n + ½‖W‖² with the cross-entropy L and a free intercept, by Newton's
-    method with Hessian-vector products, in the memory of a few rows of X. Its optimum, shapes and
-    names are those of `LogisticRegression`.
+    method with Hessian-vector products, in the memory of a few rows of X and of some matrices
+    (D, D). Its optimum, shapes and names are those of `LogisticRegression`.
 
     Args:
         C: The inverse of the penalty's strength, above 0; `float("inf")` for no penalty.
@@ -121,11 +126,11 @@ class SoftmaxClassifier(LinearSoftmax):
         tol: How near the coefficients come to the optimum's, in parts of their length:
             ‖W − W*‖ ≤ tol ‖W‖; with a gradient norm of tol at most. Without a penalty nothing
             tells how near they are, and the gradient's norm is to be tol².
-        max_iter: The Newton steps to give up after.
+        max_iter: The Newton steps to give up after, 0 or more.
         warm_start: Whether to begin with the coefficients that are there.
         device: Where to work; "auto" is where a tensor X is, else a GPU if there is one.
-        dtype: "float32" or "float64", of the products; sums are in float64. "auto" is float32 for
-            X of that or less.
+        dtype: "float32" or "float64", of the products; sums are in float64, and gradients too where
+            rounding would hide the optimum. "auto" is float32 for X of that or less.
 
     Attributes:
         classes_: (K,), in order.
@@ -168,9 +173,9 @@ class SoftmaxClassifier(LinearSoftmax):
         """Go to the optimum.
 
         Args:
-            X: (N, D): an array, memory-mapped or not, a frame, a tensor, or `optim.Rows`, of any
-                real dtype. It is read a few rows at a time, and not copied but to a device on
-                which it fits.
+            X: (N, D): an array, memory-mapped or not, a frame, a sparse matrix of scipy, a tensor,
+                or `optim.Rows`, of any real dtype. It is read a few rows at a time, and not copied
+                but to a device on which it fits, or to CSR format.
             y: The class of each example, (N,): integers or strings.
             sample_weight: What each example counts for, (N,).
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
 from sklearn.utils import _safe_indexing
@@ -182,6 +183,8 @@ def _taken(X: Any, index: Any) -> Any:
     if isinstance(X, Rows | Tensor):  # rows, as a score of scikit-learn is one of arrays
         rows = X if isinstance(X, Rows) else Rows(X)
         return rows.take(torch.as_tensor(index))
+    if sparse.issparse(X):
+        return X.tocsr()[index]
     return _safe_indexing(X, index) if hasattr(X, "columns") else np.asarray(X)[index]
 
 

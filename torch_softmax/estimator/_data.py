@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy import sparse
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (
     _check_sample_weight,
@@ -17,7 +18,8 @@ from torch import Tensor
 from .. import _checks as checks
 from .._command_line import choose_device
 from ..losses._chunked import slices
-from ..losses._rows import Rows, memory_of
+from ..losses._rows import Rows, as_tensor, memory_of
+from ._sparse import SparseRows
 
 _MOVED = 0.25  # of a device's memory, for examples that come from elsewhere
 _NUMBERS = 2**24  # to look at at a time
@@ -48,6 +50,11 @@ class Examples(NamedTuple):
     def total(self) -> float:
         """Σw."""
         return len(self.rows) if self.weight is None else float(self.weight.sum())
+
+    def absent(self) -> list[Any]:
+        """The classes that no example of a weight above 0 has."""
+        totals = torch.bincount(self.y.codes, self.weight, minlength=len(self.y.classes))
+        return list(self.y.classes[(totals == 0).numpy()].tolist())
 
     def penalty(self, C: float) -> float:
         """λ: a mean loss is 1/Σw of the sum, and of two classes our rows are half as long."""
@@ -104,8 +111,10 @@ def check_examples(estimator: Any, X: Any, *, reset: bool) -> Rows:
         validate_data(estimator, rows.x, skip_check_array=True, reset=reset)
     else:
         # Numbers that are no floats of 4 or 8 bytes would be checked by copies of them all.
-        array = validate_data(estimator, X, reset=reset, dtype="numeric", ensure_all_finite=False)
-        rows = Rows(_shared(array))
+        options = {"accept_sparse": "csr", "dtype": "numeric", "ensure_all_finite": False}
+        array = validate_data(estimator, X, reset=reset, **options)
+        is_sparse = sparse.issparse(array)
+        rows = SparseRows.of(array, _shared(array.data)) if is_sparse else Rows(_shared(array))
     _check_finite(rows.x)
     return rows
 
@@ -121,7 +130,8 @@ def _rows_of_tensor(X: Tensor) -> Rows:
 def placed(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:
     """The examples to be read for a device; they are moved there at once where they fit."""
     x = rows.x
-    if device != x.device and x.nbytes <= _MOVED * memory_of(device):
+    moves = device != x.device and not isinstance(rows, SparseRows)
+    if moves and x.nbytes <= _MOVED * memory_of(device):
         rows = replace(rows, x=x.to(device))
     return rows.to(device, dtype)
 
@@ -170,9 +180,9 @@ def _class_weights(class_weight: Any, y: Labels, w: Tensor) -> Tensor:
     """What each class counts for, (K,): 'balanced' is Σw / (K Σw of the class)."""
     if isinstance(class_weight, dict):
         known = [class_weight.get(label, 1.0) for label in y.classes.tolist()]
-        unknown = [label for label in class_weight if label not in y.classes.tolist()]
-        if unknown and len(unknown) == len(class_weight):
-            raise ValueError(f"The classes, {unknown}, are not in class_weight")
+        missing = [label for label in y.classes.tolist() if label not in class_weight]
+        if missing and len(class_weight) > len(known) - len(missing):  # it has classes of its own
+            raise ValueError(f"The classes, {missing}, are not in class_weight")
         return torch.tensor(known, dtype=torch.float64)
     if not isinstance(class_weight, str) or class_weight != "balanced":
         raise ValueError(f"class_weight must be a dict, 'balanced' or None, got {class_weight!r}")
@@ -193,9 +203,9 @@ def _shared(array: Any) -> Tensor:
     if any(stride < 0 for stride in array.strides):
         array = np.ascontiguousarray(array)
     try:
-        return Rows(array).x
+        return as_tensor("X", array)
     except TypeError:
-        return Rows(array.astype(np.float64)).x
+        return as_tensor("X", array.astype(np.float64))
 
 
 def _check_finite(x: Tensor) -> None:

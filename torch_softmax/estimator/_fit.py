@@ -17,7 +17,7 @@ _SEPARATED = 1e-6
 def check_parameters(estimator: Any) -> None:
     """Raise unless the parameters that both estimators have are in range."""
     checks.finite("tol", checks.number("tol", estimator.tol), above_zero=True)
-    checks.positive("max_iter", estimator.max_iter)
+    checks.count("max_iter", estimator.max_iter)
 
 
 def model_at(start: SoftmaxRegression | None, examples: Examples, bias: bool) -> SoftmaxRegression:
@@ -53,6 +53,8 @@ def shortcoming(result: Result, examples: Examples, C: float, tol: float) -> str
         advice = "raise max_iter or tol, or scale X, as by StandardScaler"
         if examples.rows.dtype == torch.float32:
             advice += ", or pass dtype='float64'"
+        if absent := examples.absent():  # whose intercept has no finite optimum
+            advice = f"leave out the class {absent[0]!r}, which no example of a weight above 0 has"
         return (
             f"not converged at C={C:g} after {result.steps} Newton steps, with a gradient norm of "
             f"{result.gradient_norm:.1e}: {advice}"

@@ -86,18 +86,14 @@ class Objective:
         total: Callable[[Tensor], Tensor] = alone,
     ) -> None:
         rows = x if isinstance(x, Rows) else Rows(x).to(x.device, x.dtype)
-        terms = fold(target, _OPTIONS, target.shape[-1], rows.dtype, may_ignore=False)
-        self.y = terms.y
+        self.y = fold(target, _OPTIONS, target.shape[-1], rows.dtype, may_ignore=False).y
         on_cpu = rows.device.type == "cpu"
         numbers = _CACHED_INPUT if on_cpu else _LAUNCHED_INPUT
         step = max(256, numbers // rows.features)
         parts = torch.get_num_threads() if on_cpu else 1
         self.examples = Examples(rows, None, 1.0, bias, step, parts, total)
         self.weight, count = self._in_means(weight)
-        mass = self.weight if terms.mass is None else terms.mass
-        if self.weight is not None and terms.mass is not None:
-            mass = terms.mass * self.weight
-        self.examples = replace(self.examples, mass=mass, divisor=count)
+        self.examples = replace(self.examples, mass=self._mass(), divisor=count)
         self.weight_decay = weight_decay
         self.decay = self._decay()
 
@@ -116,6 +112,21 @@ class Objective:
         if w is None:  # here, but there may be some in another process
             w = None if mean == 1 else torch.ones(len(x), dtype=sums, device=x.device)
         return None if w is None else (w / mean).to(x.dtype), count
+
+    def _mass(self) -> Tensor | None:
+        """What the log-sum of each example is multiplied with, (N,); None for 1."""
+        if not self.y.target.is_floating_point():
+            return self.weight
+        mass = self.y.target.sum(1, dtype=self.examples.x.dtype)
+        return mass if self.weight is None else mass * self.weight
+
+    def wide(self) -> "Objective":
+        """The same with products in the dtype of sums, for what rounding hides in that of x."""
+        other, x, sums = copy.copy(self), self.examples.x, self.examples.sums
+        other.weight = None if self.weight is None else self.weight.to(sums)
+        other.examples = replace(self.examples, x=x.to(x.device, sums))
+        other.examples = replace(other.examples, mass=other._mass())
+        return other
 
     def with_decay(self, weight_decay: float) -> "Objective":
         """The same with another λ."""

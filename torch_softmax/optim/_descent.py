@@ -52,11 +52,17 @@ class Goal(NamedTuple):
 
 
 class Descent:
-    """Newton's method, step by step, from a point of an objective on."""
+    """Newton's method, step by step, from a point of an objective on.
+
+    Where the products of float32 hide how it goes on, values and gradients are made in float64 from
+    there: they say where the optimum is, and the Hessian only how to get there. This is iterative
+    refinement, and costs two wide products a step, of the tens that the linear system takes.
+    """
 
     def __init__(self, objective: Objective, v: Tensor) -> None:
         self.point, self.size = _start(objective, v)
         self.objective = objective
+        self.is_wide = False  # whether values and gradients are made in the dtype of sums
         self.moments: Moments | None = None
         self.known: Known | None = None
         self.before: tuple[float, Tensor] | None = None  # another λ, and the optimum there
@@ -76,43 +82,66 @@ class Descent:
             step, step_before = weight_decay / decay, decay / self.before[0]
             if min(step, step_before) > 0:  # which may be too small for a number
                 length = math.log(step) / math.log(step_before)
-                ahead = self.objective.at(here.v + length * (here.v - self.before[1]))
+                ahead = self._judge().at(here.v + length * (here.v - self.before[1]))
                 self.point = min(self.point, ahead, key=lambda point: point.value)
         self.before = decay, here.v
 
     def run(self, goal: Goal, report: Callable[[Result, Tensor], None]) -> Result:
         """Go to the optimum; the start and every point on the way are reported."""
-        result = self._result(0, 0, goal)
+        result = best = self._result(0, 0, goal)
         report(result, self.point.v)
-        epsilon = torch.finfo(self.objective.examples.x.dtype).eps
-        stalled, best = 0, result
-        for step in range(1, goal.max_steps + 1):
-            if result.converged:
-                break
+        stalled = 0
+        while not result.converged and result.steps < goal.max_steps:
             products = self._step(goal)
-            if products is None:
+            if products is not None:
+                result = self._result(result.steps + 1, result.products + products, goal)
+                report(result, self.point.v)
+                fell = best.objective - result.objective > 4 * self._epsilon() * best.objective
+                if fell or result.gradient_norm < best.gradient_norm / 2:
+                    best, stalled = result, 0
+                else:
+                    stalled += 1
+            lost = products is None or result.gradient_norm <= self._epsilon() * self.size
+            if result.converged or not (lost or stalled == self._patience()):
+                continue
+            if not self._widen():
                 result = result._replace(reachable=result.gradient_norm)
                 break
-            result = self._result(step, result.products + products, goal)
-            report(result, self.point.v)
-            fell = best.objective - result.objective > 4 * epsilon * best.objective
-            if fell or result.gradient_norm < best.gradient_norm / 2:
-                best, stalled = result, 0
-            else:
-                stalled += 1
-            if not result.converged and (
-                stalled == _STALLED or result.gradient_norm <= epsilon * self.size
-            ):
-                result = result._replace(reachable=result.gradient_norm)
-                break
+            result, stalled = self._result(result.steps, result.products, goal), 0
+            best = result
         return self._rounded(result, goal)
+
+    def _widen(self) -> bool:
+        """Have values and gradients in the dtype of sums; whether that is another."""
+        if not self._can_widen():
+            return False
+        self.is_wide = True
+        self.point = self._judge().at(self.point.v)
+        return True
+
+    def _can_widen(self) -> bool:
+        examples = self.objective.examples
+        return not self.is_wide and examples.x.dtype != examples.sums
+
+    def _judge(self) -> Objective:
+        """The objective that values and gradients are of."""
+        return self.objective.wide() if self.is_wide else self.objective
+
+    def _epsilon(self) -> float:
+        """The rounding of values and gradients."""
+        examples = self.objective.examples
+        return torch.finfo(examples.sums if self.is_wide else examples.x.dtype).eps
+
+    def _patience(self) -> int:
+        """The steps in a row to take without a gain."""
+        return 1 if self._can_widen() else _STALLED
 
     def _rounded(self, result: Result, goal: Goal) -> Result:
         """The result of the parameters as a model keeps them, in the dtype of the products."""
         v = self.objective.rounded(self.point.v)
         if torch.equal(v, self.point.v):
             return result
-        value, loss, norm = (point := self.objective.at(v)).value, point.loss, point.norm
+        value, loss, norm = (point := self._judge().at(v)).value, point.loss, point.norm
         converged = result.converged and norm <= self._enough(goal)
         stopped = result.converged or result.reachable > 0
         reachable = norm if stopped and not converged else 0.0
@@ -141,7 +170,7 @@ class Descent:
         )
         self.products = products
         # No product sees what all classes have in common, which rounding lets grow.
-        descended = descend(objective, self.point, u - u.mean(0))
+        descended = descend(self._judge(), self.point, u - u.mean(0))
         if descended is None:
             return None
         self.point = descended

@@ -10,13 +10,14 @@ from .. import _checks as checks
 from ..distributed.data_parallel import Ranks
 from ..losses._dtypes import outside_autocast
 from ..losses._objective import IGNORED, Objective, alone
-from ..losses._rows import Rows
+from ..losses._rows import Rows, memory_of
 from ..modules import SoftmaxRegression
 from ._descent import Descent, Goal, Result
 
 __all__ = ["Result", "minimize"]
 
 ALONE = Ranks()
+_MATRICES = 4  # (D, D) in float64, that are there at once
 
 
 @torch.no_grad()
@@ -43,6 +44,9 @@ def minimize(
     little. What all classes have in common in W and b changes no probability, and is taken off at
     first. Neither the units of the features nor where they lie make a difference to the steps.
 
+    Where rounding hides the descent from products in float32, gradients are made in float64 from
+    there on. Then only the rounding of the parameters themselves is left.
+
     Args:
         model: With float32 or float64 parameters of its own, which are updated after every step.
         input: x, all examples, (..., D) of the model's dtype and on its device. Or `Rows` of any
@@ -59,7 +63,7 @@ def minimize(
             besides; None for what the tolerance gives. As f is λ-strongly convex in W, a gradient
             norm of λ ‖W‖ times this is enough. Without a penalty nothing tells how near it is,
             and the gradient norm is to be this part of the tolerance.
-        max_steps: The Newton steps to give up after.
+        max_steps: The Newton steps to give up after; 0 for the start alone.
         report: Is called with the result so far after every step, once the model is updated.
         ranks: The processes that each hold some of the examples, and the same model.
 
@@ -74,7 +78,7 @@ def minimize(
         ValueError: Shapes don't fit, a number is out of range, no example is left, the sample
             weights have no finite mean, the model's weight is computed from others (as by
             `weight_norm`) or on 'meta', the loss is not finite at the start, or the squares of the
-            input are not.
+            input are not, or its features are more than memory has room for.
 
     Example:
         >>> input = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
@@ -106,7 +110,7 @@ def goal_of(tolerance: float, weight_tolerance: float | None, max_steps: int) ->
     checks.finite("tolerance", tolerance, above_zero=True)
     if weight_tolerance is not None:
         checks.finite("weight_tolerance", weight_tolerance, above_zero=True)
-    checks.positive("max_steps", max_steps)
+    checks.count("max_steps", max_steps)
     return Goal(tolerance, weight_tolerance, max_steps)
 
 
@@ -116,6 +120,7 @@ def begin(model: SoftmaxRegression, data: Data, weight_decay: float) -> Descent:
     with ranks.together():
         _check_model(model)
         x, y, w = _examples(model, data)
+        _check_memory(x)
     with outside_autocast(model.weight):
         total = ranks.sum if ranks.size > 1 else alone
         objective = Objective(x, y, weight_decay, model.bias is not None, w, total)
@@ -154,6 +159,16 @@ def _check_model(model: SoftmaxRegression) -> None:
         raise TypeError(f"model must have float32 or float64 parameters, got {model.weight.dtype}")
     if model.weight.is_meta:
         raise ValueError("model must be on a device that holds numbers, got 'meta'")
+
+
+def _check_memory(x: Rows) -> None:
+    """Raise where the matrices of the features can't fit in memory, rather than be killed."""
+    needed, there = _MATRICES * 8 * x.features**2, memory_of(x.device)
+    if needed > there:
+        raise ValueError(
+            f"input must have features of which {_MATRICES} matrices (D, D) fit in memory, got "
+            f"{x.features}, for {needed / 2**30:.1f} GiB of {there / 2**30:.1f}"
+        )
 
 
 def _examples(model: SoftmaxRegression, data: Data) -> tuple[Rows, Tensor, Tensor | None]:
