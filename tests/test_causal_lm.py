@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
-from tests.distributed.world import RankError, World
+from tests.distributed.world import RankError, World, needs_fsdp_on_cpu
 from tests.helpers import NewTensors, assert_same, errors
 from torch_softmax.causal_lm import _probe, _scale_and_cap, call_without_logits
 from torch_softmax.losses._capped import changed
@@ -345,7 +345,9 @@ def world():
         yield world
 
 
-@pytest.mark.parametrize("wrapper", ["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "wrapper", ["replicated", pytest.param("sharded", marks=needs_fsdp_on_cpu)]
+)
 def test_gradients_are_averaged_over_ranks(wrapper, world):
     ours, others = world.run(averaged_gradients, wrapper, without_logits)
     expected, _ = world.run(averaged_gradients, wrapper, dense)

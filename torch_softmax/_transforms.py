@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 
 def is_in_func() -> bool:
@@ -21,6 +22,18 @@ def is_transformed() -> bool:
 def is_differentiated() -> bool:
     """Whether what is worked out now may be differentiated later."""
     return torch.is_grad_enabled() or is_transformed()
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether someone packs what is saved for a backward, as activation checkpoints do."""
+    if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    # Torch 2.6 can't be asked, but refuses to switch hooks off where there are any.
+    try:
+        with disable_saved_tensors_hooks("asked whether there are hooks"):
+            return False
+    except RuntimeError:
+        return True
 
 
 def is_moving(tensor: Tensor) -> bool:

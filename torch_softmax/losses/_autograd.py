@@ -12,7 +12,12 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .._transforms import is_differentiated, is_in_func, is_transformed
+from .._transforms import (
+    has_saved_tensors_hooks,
+    is_differentiated,
+    is_in_func,
+    is_transformed,
+)
 from ._dtypes import outside_autocast
 
 Tensors = tuple[Tensor | None, ...]
@@ -190,8 +195,7 @@ def may_take_gradients() -> bool:
     """Whether a plain backward alone will ask for gradients, as far as can be foreseen."""
     # The transforms differentiate every gradient again, from the inputs. And whoever sets hooks on
     # what is saved, as activation checkpoints and save_on_cpu do, wants nothing held beside that.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled() and not is_transformed() and hooks is None
+    return torch.is_grad_enabled() and not is_transformed() and not has_saved_tensors_hooks()
 
 
 def scaled_(gradients: Tensors, scale: Tensor) -> Tensors:
