@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from tests.helpers import ON_TORCH_2_6
+
 needs_fsdp_on_cpu = pytest.mark.skipif(
-    torch.__version__.startswith("2.6."), reason="torch 2.6 can't fully_shard on a CPU itself"
+    ON_TORCH_2_6, reason="torch 2.6 can't fully_shard on a CPU itself"
 )
 
 LIMIT = 60.0  # seconds of a call

@@ -135,6 +135,21 @@ def test_a_class_that_both_have_masked_adds_nothing(options):
     )
 
 
+@pytest.mark.parametrize(
+    ("divergence", "bias"), [("forward", 5), ("reverse", 2), ("jsd", 2), ("jsd", 5)]
+)
+def test_a_class_that_one_of_them_has_masked_counts_for_the_other(divergence, bias):
+    def of(function, logit):
+        inputs = [t.detach().clone().requires_grad_() for t in given]
+        with torch.no_grad():
+            inputs[bias][0] = logit
+        loss = function(*inputs, divergence=divergence)
+        return loss, *torch.autograd.grad(loss, inputs)
+
+    given = problem(5)
+    assert_same(of(ours, -math.inf), of(dense, -200.0))  # as good as masked, to float64
+
+
 @every_divergence
 def test_logits_far_apart_have_finite_gradients(options):
     inputs = [t.detach().mul(1000).requires_grad_() for t in problem(5)]

@@ -17,6 +17,7 @@ from .._transforms import (
     is_differentiated,
     is_in_func,
     is_transformed,
+    refuse_inference_mode,
 )
 from ._dtypes import outside_autocast
 
@@ -155,6 +156,7 @@ def chunked(plan: Differentiable, *tensors: Tensor | None) -> tuple[Tensor, ...]
     # its backward for the end of differentiation (pytorch/pytorch#192985).
     if torch.compiler.is_compiling() or not is_differentiated():
         return plan.run(*tensors)
+    refuse_inference_mode()
     results: tuple[Tensor, ...] = Chunked.apply(plan, *tensors)
     return results
 
