@@ -83,13 +83,15 @@ def test_derivatives_to_second_order_in_either_mode(options, reduction):
     def function(*inputs):
         return ours(*inputs, reduction=reduction, **options)
 
-    assert_differentiable(function, *problem(5), fast_mode=True)
+    assert_differentiable(function, *problem(5, 4), fast_mode=True)
 
 
 @every_divergence
-def test_leading_dimensions_are_those_of_the_result(options):
+@pytest.mark.parametrize("masked", [False, True])
+def test_leading_dimensions_are_those_of_the_result(masked, options):
     inputs = problem(5, 2, 3)
-    assert_same(*(f(*inputs, reduction="none", **options) for f in (ours, dense)))
+    mask = torch.tensor([[True, False, True], [False, True, True]]) if masked else None
+    assert_same(*(f(*inputs, mask=mask, reduction="none", **options) for f in (ours, dense)))
 
 
 @every_reduction
@@ -183,10 +185,18 @@ def test_a_teacher_may_be_of_another_dtype():
     torch.testing.assert_close(loss, expected)
 
 
+@every_divergence
+def test_autocast_rounds_what_is_multiplied_and_nothing_else(options):
+    inputs = [t.detach().float() for t in problem(40)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(*inputs, **options)
+    torch.testing.assert_close(loss, dense(*(t.bfloat16().float() for t in inputs), **options))
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @every_divergence
 def test_compiles_whole(options):
-    inputs = problem(40)
+    inputs = problem(40, 4)
 
     def function(*inputs):
         return ours(*inputs, **options)
@@ -202,7 +212,9 @@ def test_compiles_whole(options):
     [
         ({"divergence": "kl"}, ValueError, "divergence must be 'forward', 'reverse' or 'jsd'"),
         ({"beta": 1.0}, ValueError, "beta must lie between 0 and 1"),
+        ({"beta": 0.0}, ValueError, "beta must lie between 0 and 1"),
         ({"temperature": 0.0}, ValueError, "temperature must "),
+        ({"temperature": math.inf}, ValueError, "temperature must "),
         ({"reduction": "batchmean"}, ValueError, "reduction must be"),
         ({"mask": torch.ones(N)}, TypeError, "mask must have the dtype torch.bool"),
         ({"mask": torch.ones(N - 1).bool()}, ValueError, "mask must have shape"),
