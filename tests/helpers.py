@@ -12,6 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 
+ON_TORCH_2_6 = torch.__version__.startswith("2.6.")
+needs_fake_cuda = pytest.mark.skipif(
+    ON_TORCH_2_6 and not torch.cuda.is_available(),
+    reason="torch 2.6 asks the driver of fake CUDA tensors too, and aborts where there is none",
+)
+
 OPTIONS = {
     "reduction": ["mean", "sum", "none"],
     "label_smoothing": [0.0, 0.2],

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
-from tests.distributed.world import RankError, World
+from tests.distributed.world import RankError, World, needs_fsdp_on_cpu
 from tests.helpers import NewTensors, assert_same, errors
 from torch_softmax.causal_lm import _probe, _scale_and_cap, call_without_logits
 from torch_softmax.losses._capped import changed
@@ -105,6 +105,7 @@ def capped(cap, logits):
 CHANGES = {
     "nothing": lambda z: z,
     "a product": lambda z: z * 0.0625,
+    "a product in place": lambda z: z.mul_(0.0625),
     "a quotient": lambda z: z / 3,
     "a cap": partial(capped, 2.0),
     "a cap of the scaled": lambda z: capped(2.0, z * 0.3),
@@ -239,9 +240,10 @@ def test_nothing_is_as_large_as_the_logits_of_all_rows():
 
 @every_cap
 @pytest.mark.parametrize("count", [None, torch.tensor(5)], ids=["no count", "count"])
-def test_nothing_waits_for_the_device_of_a_model(count, changed):
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_nothing_waits_for_the_device_of_a_model(device, count, changed):
     model, (ids, labels) = Model(changed).to("meta"), tokens()  # which has no number to wait for
-    inputs = {"labels": labels.to("meta"), "num_items_in_batch": count}
+    inputs = {"labels": labels.to(device), "num_items_in_batch": count}
     without_logits(model, ids.to("meta"), **inputs).loss.backward()
     assert model.lm_head.weight.grad.is_meta
 
@@ -260,17 +262,35 @@ def test_the_output_has_no_logits():
     assert without_logits(Model(), *tokens()).logits is None
 
 
-def test_what_a_model_adds_to_its_loss_is_kept():
-    class Penalised(Model):
-        def forward(self, *args, **options):
-            output = super().forward(*args, **options)
-            penalty = self.embedding.weight.square().sum()
-            return dataclasses.replace(output, loss=output.loss + penalty)
+class Penalised(Model):
+    """Adds to its loss."""
 
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        penalty = self.embedding.weight.square().sum()
+        return dataclasses.replace(output, loss=output.loss + penalty)
+
+
+def test_what_a_model_adds_to_its_loss_is_kept():
     assert_as_dense(Penalised())
 
 
-@pytest.mark.parametrize("wrapper", [nn.Sequential, partial(Called, call=None)])
+def test_what_a_model_adds_to_the_mean_of_no_labels_is_nan():
+    ids, labels = tokens()
+    assert without_logits(Penalised(), ids, labels.fill_(-100)).loss.isnan()
+
+
+class Forwarding(nn.Sequential):
+    """Has all that is in it as attributes of its own, as PEFT's wrappers do."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_modules")["0"], name)
+
+
+@pytest.mark.parametrize("wrapper", [nn.Sequential, Forwarding, partial(Called, call=None)])
 def test_a_model_is_found_in_what_wraps_it(wrapper):
     model, (ids, labels) = Model(), tokens()
     wrapped = wrapper(model)
@@ -345,7 +365,9 @@ def world():
         yield world
 
 
-@pytest.mark.parametrize("wrapper", ["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "wrapper", ["replicated", pytest.param("sharded", marks=needs_fsdp_on_cpu)]
+)
 def test_gradients_are_averaged_over_ranks(wrapper, world):
     ours, others = world.run(averaged_gradients, wrapper, without_logits)
     expected, _ = world.run(averaged_gradients, wrapper, dense)
@@ -440,6 +462,7 @@ UNKNOWN = {
     "a bias": lambda z: z + 0.01,
     "a bias of a class": lambda z: z + 1e-3 * (torch.arange(CLASSES) == 5),
     "a mask": masked,
+    "a floor": lambda z: z.clamp(min=-50),
     "another function": lambda z: z.sign() * z.abs().sqrt(),
     "a cap of another kind": lambda z: z / (1 + z.abs() / 5),
     "a learnt temperature": Temperature(),
@@ -455,6 +478,11 @@ def test_logits_that_are_more_than_scaled_and_capped_are_refused(changed):
     refused(Model(changed), "model must do nothing to its logits but scale them and cap them by")
 
 
+def test_a_single_class_tells_no_scale_and_is_refused():
+    with pytest.raises(TypeError, match="model must do nothing to its logits but"):
+        _scale_and_cap(_probe(1), _probe(1))
+
+
 class Beside(Model):
     """Uses its logits beside the loss."""
 
@@ -467,6 +495,13 @@ class Twice(Model):
     def forward(self, input_ids, **options):
         self.lm_head(self.hidden(input_ids))
         return super().forward(input_ids, **options)
+
+
+class TwiceWithTheLossBetween(Model):
+    def forward(self, input_ids, **options):
+        output = super().forward(input_ids, **options)
+        further = self.lm_head(self.hidden(input_ids)).logsumexp(-1).mean()
+        return dataclasses.replace(output, loss=output.loss + further)
 
 
 class WithItsOwnLoss(Model):
@@ -510,6 +545,7 @@ class WithAnotherLoss(Model):
 MODELS = {
     Beside: "model must use its logits for its loss_function alone",
     Twice: "model must call its output head once, got a second call",
+    TwiceWithTheLossBetween: "model must call its output head once, got a second call",
     WithItsOwnLoss: "WithItsOwnLoss does something else with them first: Expected input batch_size",
     WithoutLoss: "model must call its output head, and then its loss_function, once",
     WithoutHead: "model must call its output head, and then its loss_function, once",

@@ -1,11 +1,17 @@
 """What autograd and torch.func do with a tensor, which there is mostly no public way to ask."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import (
+    retrieve_all_functorch_interpreters,
+    retrieve_current_functorch_interpreter,
+)
 from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 
 def is_in_func() -> bool:
@@ -21,6 +27,43 @@ def is_transformed() -> bool:
 def is_differentiated() -> bool:
     """Whether what is worked out now may be differentiated later."""
     return torch.is_grad_enabled() or is_transformed()
+
+
+def refuse_inference_mode() -> None:
+    """Raise where a transform would find nothing to differentiate, and its result would be 0."""
+    if not torch.is_inference_mode_enabled() or not is_in_func() or _ends_inference_mode():
+        return
+    if any(level.key() != TransformType.Vmap for level in retrieve_all_functorch_interpreters()):
+        raise RuntimeError(
+            f"torch.func of torch {torch.__version__} can't differentiate in inference mode, where "
+            "every derivative would be 0: use torch.no_grad instead"
+        )
+
+
+@functools.cache
+def _ends_inference_mode() -> bool:
+    """Whether a transform is at work outside of the inference mode around it."""
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(torch.is_inference_mode_enabled())
+        return x
+
+    with torch.inference_mode():
+        torch.func.grad(look)(torch.zeros(()))
+    return not any(seen)
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether someone packs what is saved for a backward, as activation checkpoints do."""
+    if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    # Torch 2.6 can't be asked, but refuses to switch hooks off where there are any.
+    try:
+        with disable_saved_tensors_hooks("asked whether there are hooks"):
+            return False
+    except RuntimeError:
+        return True
 
 
 def is_moving(tensor: Tensor) -> bool:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from tests.helpers import needs_fake_cuda
 from torch_softmax.curvature import HeadHessian
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("number", [(), (3,)], ids=["a direction", "three"])
 def test_results_are_in_float32_on_a_gpu(dtype, number, bias):

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.world import World
+from tests.distributed.world import World, needs_fsdp_on_cpu
 from torch_softmax import LinearCrossEntropyLoss, SoftmaxRegression
 from torch_softmax.distributed.class_parallel import ClassParallel
 from torch_softmax.mnist.training import batch_update, evaluate
@@ -267,11 +267,6 @@ def train_in_fsdp(mesh, name, dtype):
         fully_shard(model.head, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return trained(model, *part_of_batch(mesh, dtype))
-
-
-needs_fsdp_on_cpu = pytest.mark.skipif(
-    torch.__version__.startswith("2.6."), reason="torch 2.6 can't fully_shard on a CPU itself"
-)
 
 
 @needs_fsdp_on_cpu

@@ -12,9 +12,16 @@ from datetime import timedelta
 from multiprocessing import connection, get_context
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+
+from tests.helpers import ON_TORCH_2_6
+
+needs_fsdp_on_cpu = pytest.mark.skipif(
+    ON_TORCH_2_6, reason="torch 2.6 can't fully_shard on a CPU itself"
+)
 
 LIMIT = 60.0  # seconds of a call
 GRACE = 10.0  # seconds that the other ranks have after one has failed

@@ -83,13 +83,15 @@ def test_derivatives_to_second_order_in_either_mode(options, reduction):
     def function(*inputs):
         return ours(*inputs, reduction=reduction, **options)
 
-    assert_differentiable(function, *problem(5), fast_mode=True)
+    assert_differentiable(function, *problem(5, 4), fast_mode=True)
 
 
 @every_divergence
-def test_leading_dimensions_are_those_of_the_result(options):
+@pytest.mark.parametrize("masked", [False, True])
+def test_leading_dimensions_are_those_of_the_result(masked, options):
     inputs = problem(5, 2, 3)
-    assert_same(*(f(*inputs, reduction="none", **options) for f in (ours, dense)))
+    mask = torch.tensor([[True, False, True], [False, True, True]]) if masked else None
+    assert_same(*(f(*inputs, mask=mask, reduction="none", **options) for f in (ours, dense)))
 
 
 @every_reduction
@@ -135,6 +137,21 @@ def test_a_class_that_both_have_masked_adds_nothing(options):
     )
 
 
+@pytest.mark.parametrize(
+    ("divergence", "bias"), [("forward", 5), ("reverse", 2), ("jsd", 2), ("jsd", 5)]
+)
+def test_a_class_that_one_of_them_has_masked_counts_for_the_other(divergence, bias):
+    def of(function, logit):
+        inputs = [t.detach().clone().requires_grad_() for t in given]
+        with torch.no_grad():
+            inputs[bias][0] = logit
+        loss = function(*inputs, divergence=divergence)
+        return loss, *torch.autograd.grad(loss, inputs)
+
+    given = problem(5)
+    assert_same(of(ours, -math.inf), of(dense, -200.0))  # as good as masked, to float64
+
+
 @every_divergence
 def test_logits_far_apart_have_finite_gradients(options):
     inputs = [t.detach().mul(1000).requires_grad_() for t in problem(5)]
@@ -168,10 +185,18 @@ def test_a_teacher_may_be_of_another_dtype():
     torch.testing.assert_close(loss, expected)
 
 
+@every_divergence
+def test_autocast_rounds_what_is_multiplied_and_nothing_else(options):
+    inputs = [t.detach().float() for t in problem(40)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(*inputs, **options)
+    torch.testing.assert_close(loss, dense(*(t.bfloat16().float() for t in inputs), **options))
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @every_divergence
 def test_compiles_whole(options):
-    inputs = problem(40)
+    inputs = problem(40, 4)
 
     def function(*inputs):
         return ours(*inputs, **options)
@@ -187,7 +212,9 @@ def test_compiles_whole(options):
     [
         ({"divergence": "kl"}, ValueError, "divergence must be 'forward', 'reverse' or 'jsd'"),
         ({"beta": 1.0}, ValueError, "beta must lie between 0 and 1"),
+        ({"beta": 0.0}, ValueError, "beta must lie between 0 and 1"),
         ({"temperature": 0.0}, ValueError, "temperature must "),
+        ({"temperature": math.inf}, ValueError, "temperature must "),
         ({"reduction": "batchmean"}, ValueError, "reduction must be"),
         ({"mask": torch.ones(N)}, TypeError, "mask must have the dtype torch.bool"),
         ({"mask": torch.ones(N - 1).bool()}, ValueError, "mask must have shape"),

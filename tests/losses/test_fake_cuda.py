@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from tests.helpers import every_option
+from tests.helpers import every_option, needs_fake_cuda
 from torch_softmax.functional import cross_entropy, linear_cross_entropy
 
 N, D, K = 6, 4, 40
@@ -27,6 +27,7 @@ def test_a_wait_raises():
         target_of("indices").max().item()
 
 
+@needs_fake_cuda
 @every_option
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layer", [False, True], ids=["logits", "layer"])

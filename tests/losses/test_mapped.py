@@ -1,7 +1,10 @@
 """Any function of a layer's logits in chunks: what it is for all logits at once, or it raises."""
 
+import math
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -77,7 +80,7 @@ def test_gradients_are_those_for_all_logits_at_once(reduction, chunk_size):
 @pytest.mark.parametrize("fn", FUNCTIONS)
 def test_derivatives_to_second_order_in_either_mode(fn, reduction):
     label = torch.arange(N) % 5
-    function = in_chunks(fn, label, reduction=reduction, chunk_size=3)
+    function = in_chunks(fn, label, reduction=reduction, chunk_size=4)
     assert_differentiable(function, *problem(5), fast_mode=True)
 
 
@@ -147,7 +150,7 @@ def test_hessian_by_func():
 @every_reduction
 def test_compiles_whole(reduction):
     inputs, label = problem(), torch.arange(N) % K
-    function = in_chunks(one, label, reduction=reduction, chunk_size=3)
+    function = in_chunks(one, label, reduction=reduction, chunk_size=4)
     results = [
         f(*inputs) for f in (torch.compile(function, backend="aot_eager", fullgraph=True), function)
     ]
@@ -185,10 +188,52 @@ def test_forward_mode_over_vmap():
     assert_same(ours, batch(lambda x: (x @ W.t()).sin()))
 
 
-@pytest.mark.parametrize("device", ["meta"])
-def test_no_numbers_are_looked_at_where_there_are_none(device):
-    x, W = torch.empty(N, D, device=device), torch.empty(K, D, device=device)
-    assert map_logits(lambda z: z.sum(1), x, W).shape == (N,)
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode])
+def test_no_numbers_are_looked_at_where_there_are_none(mode):
+    with mode():
+        x, W = torch.empty(N, D), torch.empty(K, D)
+        assert map_logits(lambda z: z.sum(1), x, W).shape == (N,)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_number_for_each_row_is_worked_out_once_with_its_gradients(reduction):
+    chunks = []
+
+    def fn(z):
+        chunks.append(len(z))
+        return z.sin().sum(1)
+
+    loss = map_logits(fn, randn(N, D), randn(K, D), reduction=reduction, chunk_size=3)
+    before = list(chunks)
+    loss.backward()
+    assert chunks == before
+
+
+def test_results_may_be_a_list():
+    x, W = randn(N, D), randn(K, D)
+    results = map_logits(lambda z: [z.sin(), z.sum(1)], x, W)
+    assert_same(results, ((x @ W.t()).sin(), (x @ W.t()).sum(1)))
+
+
+def test_results_may_be_whole_numbers():
+    x, W = randn(N, D), randn(K, D)
+    assert torch.equal(map_logits(lambda z: z.argmax(1), x, W), (x @ W.t()).argmax(1))
+
+
+def test_results_may_be_nan():
+    assert map_logits(lambda z: z.sum(1) * math.nan, randn(N, D), randn(K, D)).isnan().all()
+
+
+def test_half_precision_comes_as_logits_in_float32():
+    x, W = (torch.randn(n, D).bfloat16() for n in (N, K))
+    assert_same(map_logits(lambda z: z, x, W), x.float() @ W.float().t())
+
+
+def test_autocast_rounds_what_is_multiplied_and_nothing_else():
+    x, W = torch.randn(N, D), torch.randn(K, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = map_logits(lambda z: z, x, W)
+    torch.testing.assert_close(z, x.bfloat16().float() @ W.bfloat16().float().t())
 
 
 @every_reduction
@@ -261,11 +306,24 @@ def test_a_captured_parameter_is_fine_without_gradients():
         (lambda z: z.mul_(2).sum(1), ValueError, "fn must return the same for the same"),
         (lambda z: (z - z.mean(0)).sum(1), ValueError, "fn must work out each row for itself"),
         (lambda z: z.sum(1) / len(z), ValueError, "fn must work out each row for itself"),
+        (lambda z: z - 1e-5 * z.mean(0), ValueError, "fn must work out each row for itself"),
+        (lambda z: z.new_zeros(len(z), len(z)), ValueError, "fn must work out each row for itself"),
+        (
+            lambda z: torch.ones(len(z), dtype=torch.float64 if len(z) > 1 else torch.float32),
+            ValueError,
+            "fn must work out each row for itself",
+        ),
     ],
 )
 def test_a_function_that_can_not_be_worked_out_in_chunks_raises(fn, error, message):
     with pytest.raises(error, match=message):
         map_logits(fn, randn(N, D), randn(K, D))
+
+
+def test_layers_of_other_numbers_of_rows_raise():
+    layers = [Layer(randn(rows, D), randn(K, D), None) for rows in (N, N + 1)]
+    with pytest.raises(ValueError, match="input must have the leading dimensions"):
+        mapped.map_logits(divergence, layers, ())
 
 
 def test_rows_of_another_number_raise():

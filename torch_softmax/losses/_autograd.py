@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .._transforms import is_differentiated, is_in_func, is_transformed
+from .._transforms import (
+    has_saved_tensors_hooks,
+    is_differentiated,
+    is_in_func,
+    is_transformed,
+    refuse_inference_mode,
+)
 from ._dtypes import outside_autocast
 
 Tensors = tuple[Tensor | None, ...]
@@ -150,6 +156,7 @@ def chunked(plan: Differentiable, *tensors: Tensor | None) -> tuple[Tensor, ...]
     # its backward for the end of differentiation (pytorch/pytorch#192985).
     if torch.compiler.is_compiling() or not is_differentiated():
         return plan.run(*tensors)
+    refuse_inference_mode()
     results: tuple[Tensor, ...] = Chunked.apply(plan, *tensors)
     return results
 
@@ -190,8 +197,7 @@ def may_take_gradients() -> bool:
     """Whether a plain backward alone will ask for gradients, as far as can be foreseen."""
     # The transforms differentiate every gradient again, from the inputs. And whoever sets hooks on
     # what is saved, as activation checkpoints and save_on_cpu do, wants nothing held beside that.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled() and not is_transformed() and hooks is None
+    return torch.is_grad_enabled() and not is_transformed() and not has_saved_tensors_hooks()
 
 
 def scaled_(gradients: Tensors, scale: Tensor) -> Tensors:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .._transforms import refuse_inference_mode
 from . import _formulas as formulas
 from ._autograd import nested_forward_mode
 from ._dtypes import accumulation_dtype
@@ -46,5 +47,6 @@ def softmax(input: Tensor, dim: int) -> Tensor:
     """The softmax along a dimension, to be differentiated to any order."""
     if torch.compiler.is_compiling():  # which differentiates torch's own to any order
         return formulas.softmax(input, dim).contiguous()
+    refuse_inference_mode()
     result: Tensor = SoftmaxFunction.apply(input, dim)
     return result

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scripts.benchmark import roofline
 from scripts.benchmark.measure import Shape
 from scripts.benchmark.roofline import Card, Trace, predict, three_products
+from tests.helpers import needs_fake_cuda
 
 CARD = Card(flops=1e3, bandwidth=1e9, launch=0.0)  # on which products take all the time
 WIRE = Card(flops=1e18, bandwidth=1.0, launch=0.0)  # and bytes a second each
@@ -61,19 +62,29 @@ def test_the_peak_is_of_what_is_alive_together():
     assert traced(CARD, run).peak == 6 * MIB
 
 
+@needs_fake_cuda
 def test_more_classes_take_longer():
     small, large = (predict(Shape(64, 32, classes))[0] for classes in (1000, 2000))
     assert small < large
 
 
+@needs_fake_cuda
 def test_the_loss_takes_at_least_its_products():
     shape = Shape(2048, 64, 4096)
     assert predict(shape)[0] > three_products(shape)
 
 
+@needs_fake_cuda
 def test_it_says_that_nothing_was_measured(monkeypatch):
     monkeypatch.setattr(roofline, "HEADS", [Shape(64, 32, 1000)])
     options = type("Options", (), {"quick": True})()
     remark, row = roofline.roofline(options)
     assert "not measured" in remark
     assert row.name == "ours, predicted"
+
+
+def test_it_is_left_out_where_torch_would_abort(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (remark,) = roofline.roofline(type("Options", (), {"quick": True})())
+    assert remark == "roofline: left out, as torch 2.6 needs a driver for it"
