@@ -216,6 +216,12 @@ def test_a_parameter_is_fine_and_results_have_no_gradient(plain):
         assert not result.requires_grad
 
 
+def test_a_parameter_is_a_direction_where_no_gradient_is_taken(plain):
+    u, H = plain.direction(), operator(plain)
+    with torch.no_grad():
+        assert_identical(H @ torch.nn.Parameter(u), H @ u)
+
+
 def test_nothing_given_is_written_to(head):
     given, named = head.arguments()
     u = head.direction(2)
