@@ -15,6 +15,7 @@ from tests.helpers import NewTensors, assert_identical, assert_same, untouched
 from tests.scripts.benchmark.test_benchmark import Products
 from torch_softmax import SoftmaxRegression
 from torch_softmax.curvature import HeadHessian
+from torch_softmax.losses import _sweeps
 
 every_chunk = pytest.mark.parametrize("chunk_size", [4, None])
 
@@ -77,6 +78,17 @@ def test_factors(head):
     assert_same(A, (wide * counts[:, None]).t() @ wide / counts.sum())
     assert_same(B, expected)
     assert_same(H.factors(diagonal=True).classes, expected.diagonal())
+
+
+def test_chunks_that_no_cache_holds_are_gone_over_in_blocks(head, monkeypatch):
+    monkeypatch.setattr(_sweeps, "CACHED_LOGITS", 2 * 40)  # two rows of many classes
+    H, expected, u = operator(head, chunk_size=7), matrix(head), head.direction(3)
+    assert_same(flat(H @ u), flat(u) @ expected)
+    assert_same(flat(H.diagonal()), expected.diagonal())
+    assert_same(H.trace(), expected.trace())
+    factors = H.factors()
+    monkeypatch.undo()
+    assert_same(factors, operator(head).factors())
 
 
 def test_factors_of_a_single_row_are_exact():
@@ -202,6 +214,12 @@ def test_a_parameter_is_fine_and_results_have_no_gradient(plain):
     H = HeadHessian(plain.input.requires_grad_(), model.weight)
     for result in (H @ torch.ones(5, D, dtype=torch.float64), H.diagonal(), H.trace()):
         assert not result.requires_grad
+
+
+def test_a_parameter_is_a_direction_where_no_gradient_is_taken(plain):
+    u, H = plain.direction(), operator(plain)
+    with torch.no_grad():
+        assert_identical(H @ torch.nn.Parameter(u), H @ u)
 
 
 def test_nothing_given_is_written_to(head):

@@ -94,6 +94,13 @@ def test_row_weights_count(kind, bias, way):
     assert_as_dense(Head(bias, kind, reduction="sum", row_weight=row_weight), way)
 
 
+@every_way
+@pytest.mark.parametrize("classes", [5, K], ids=["few classes", "many classes"])
+def test_chunks_that_no_cache_holds_are_gone_over_in_blocks(classes, way, monkeypatch):
+    monkeypatch.setattr("torch_softmax.losses._sweeps.CACHED_LOGITS", 3 * classes)
+    assert_as_dense(Head(classes=classes, reduction="none"), way)
+
+
 @pytest.mark.parametrize(
     ("way", "products"),
     [
