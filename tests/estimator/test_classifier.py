@@ -372,6 +372,12 @@ def test_float32_stops_where_rounding_does_without_a_warning(iris):
         ({"max_iter": -1}, ValueError, "max_iter must be at least 0"),
         ({"device": "foo"}, ValueError, "device must be 'auto' or one of torch's, got 'foo'"),
         ({"dtype": "float16"}, ValueError, "dtype must be 'auto', 'float32' or 'float64'"),
+        (
+            {"class_weight": {0: -1.0}},
+            ValueError,
+            "class_weight must be a finite number of at least",
+        ),
+        ({"class_weight": dict.fromkeys(range(3), 0)}, ValueError, "class_weight must leave"),
         ({"class_weight": "heavy"}, ValueError, "class_weight must be a dict"),
         ({"class_weight": {0: 1, 7: 2}}, ValueError, r"classes, \[1, 2\], are not in class_weight"),
     ],

@@ -173,7 +173,10 @@ def weights(sample_weight: Any, class_weight: Any, y: Labels) -> Tensor | None:
     of_class = _class_weights(
         class_weight, y, torch.ones(len(y.codes)).double() if w is None else w
     )
-    return of_class[y.codes] if w is None else of_class[y.codes] * w
+    both = of_class[y.codes] if w is None else of_class[y.codes] * w
+    if not bool((both > 0).any()):
+        raise ValueError("class_weight must leave an example a weight above 0, got zeros alone")
+    return both
 
 
 def _class_weights(class_weight: Any, y: Labels, w: Tensor) -> Tensor:
@@ -183,6 +186,8 @@ def _class_weights(class_weight: Any, y: Labels, w: Tensor) -> Tensor:
         missing = [label for label in y.classes.tolist() if label not in class_weight]
         if missing and len(class_weight) > len(known) - len(missing):  # it has classes of its own
             raise ValueError(f"The classes, {missing}, are not in class_weight")
+        for value in known:
+            checks.finite("class_weight", checks.number("class_weight", value))
         return torch.tensor(known, dtype=torch.float64)
     if not isinstance(class_weight, str) or class_weight != "balanced":
         raise ValueError(f"class_weight must be a dict, 'balanced' or None, got {class_weight!r}")

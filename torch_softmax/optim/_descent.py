@@ -101,7 +101,7 @@ class Descent:
                     best, stalled = result, 0
                 else:
                     stalled += 1
-            lost = products is None or result.gradient_norm <= self._epsilon() * self.size
+            lost = products is None or result.gradient_norm <= self._hidden()
             if result.converged or not (lost or stalled == self._patience()):
                 continue
             if not self._widen():
@@ -131,6 +131,14 @@ class Descent:
         """The rounding of values and gradients."""
         examples = self.objective.examples
         return torch.finfo(examples.sums if self.is_wide else examples.x.dtype).eps
+
+    def _hidden(self) -> float:
+        """The gradient norm that rounding hides, that of products or of the parameters."""
+        of_products = self._epsilon() * self.size
+        if not self.is_wide:
+            return of_products
+        kept = self._judge().at(self.objective.rounded(self.point.v))
+        return max(of_products, float((kept.gradient - self.point.gradient).norm()))
 
     def _patience(self) -> int:
         """The steps in a row to take without a gain."""
