@@ -280,14 +280,18 @@ def test_what_a_model_adds_to_the_mean_of_no_labels_is_nan():
     assert without_logits(Penalised(), ids, labels.fill_(-100)).loss.isnan()
 
 
-class Forwarding(nn.Sequential):
+class Forwarding(nn.Module):
     """Has all that is in it as attributes of its own, as PEFT's wrappers do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
 
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("_modules")["0"], name)
+            return getattr(super().__getattr__("model"), name)
 
 
 @pytest.mark.parametrize("wrapper", [nn.Sequential, Forwarding, partial(Called, call=None)])

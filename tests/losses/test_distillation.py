@@ -187,10 +187,12 @@ def test_a_teacher_may_be_of_another_dtype():
 
 @every_divergence
 def test_autocast_rounds_what_is_multiplied_and_nothing_else(options):
-    inputs = [t.detach().float() for t in problem(40)]
+    inputs, along = (tuple(t.detach().float() for t in problem(40)) for _ in range(2))
+    rounded, along = (tuple(t.bfloat16().float() for t in each) for each in (inputs, along))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = ours(*inputs, **options)
-    torch.testing.assert_close(loss, dense(*(t.bfloat16().float() for t in inputs), **options))
+        loss, slope = torch.func.jvp(lambda *i: ours(*i, **options), inputs, along)
+    expected = torch.func.jvp(lambda *i: dense(*i, **options), rounded, along)
+    torch.testing.assert_close((loss, slope), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -230,10 +230,10 @@ def test_half_precision_comes_as_logits_in_float32():
 
 
 def test_autocast_rounds_what_is_multiplied_and_nothing_else():
-    x, W = torch.randn(N, D), torch.randn(K, D)
+    x, W, V = torch.randn(N, D), torch.randn(K, D), torch.randn(K, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        z = map_logits(lambda z: z, x, W)
-    torch.testing.assert_close(z, x.bfloat16().float() @ W.bfloat16().float().t())
+        result = map_logits(lambda z, V: z @ V, x, W, shared=(V,))
+    torch.testing.assert_close(result, x.bfloat16().float() @ W.bfloat16().float().t() @ V)
 
 
 @every_reduction

@@ -158,7 +158,9 @@ def _is_border(image: Tensor) -> Tensor:
 def _surface(image: Tensor, at: Tensor) -> Tensor:
     """Fit a quadratic surface to some pixels by least squares."""
     terms = _quadratic_terms(image.shape)
-    surface: Tensor = terms @ torch.linalg.lstsq(terms[at], image[at][:, None]).solution
+    # Few pixels leave some terms open, for which the default driver of torch 2.6 finds no fit.
+    fit = torch.linalg.lstsq(terms[at], image[at][:, None], driver="gelsd")
+    surface: Tensor = terms @ fit.solution
     return surface[..., 0]
 
 
