@@ -81,7 +81,7 @@ def test_factors(head):
 
 
 def test_chunks_that_no_cache_holds_are_gone_over_in_blocks(head, monkeypatch):
-    monkeypatch.setattr(_sweeps, "CACHED_LOGITS", 2 * 40)  # two rows of many classes
+    monkeypatch.setattr(_sweeps, "cached_rows", lambda _: 2)
     H, expected, u = operator(head, chunk_size=7), matrix(head), head.direction(3)
     assert_same(flat(H @ u), flat(u) @ expected)
     assert_same(flat(H.diagonal()), expected.diagonal())

@@ -97,7 +97,7 @@ def test_row_weights_count(kind, bias, way):
 @every_way
 @pytest.mark.parametrize("classes", [5, K], ids=["few classes", "many classes"])
 def test_chunks_that_no_cache_holds_are_gone_over_in_blocks(classes, way, monkeypatch):
-    monkeypatch.setattr("torch_softmax.losses._sweeps.CACHED_LOGITS", 3 * classes)
+    monkeypatch.setattr("torch_softmax.losses._sweeps.cached_rows", lambda _: 3)
     assert_as_dense(Head(classes=classes, reduction="none"), way)
 
 

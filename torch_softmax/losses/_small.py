@@ -21,7 +21,7 @@ from ._autograd import Mask, Sum, Tensors, may_take_gradients, taken_along
 from ._chunked import Total
 from ._dtypes import is_autocast
 from ._plan import plan_of
-from ._sweeps import CACHED_LOGITS, FEW_CLASSES, How, Inputs
+from ._sweeps import FEW_CLASSES, How, Inputs, cached_rows
 from ._targets import Options
 
 _DTYPES = (torch.float32, torch.float64)
@@ -97,7 +97,7 @@ def _classes_if_they_fit(x: Any, W: Any, b: Any, label: Any) -> int | None:
         classes = W.shape[0]
         if classes > FEW_CLASSES or not (b is None or (_is_like(b, x) and b.shape == (classes,))):
             return None
-    fits = label.shape == (count,) and 0 < count * classes <= CACHED_LOGITS
+    fits = label.shape == (count,) and count * classes > 0 and count <= cached_rows(classes)
     return classes if fits else None
 
 

@@ -24,8 +24,8 @@ from ._products import (
     pull_to_rows,
 )
 
-# Logits that fit a core's cache beside a few passes over them, measured on a CPU.
-CACHED_LOGITS = 2**19
+# Logits that fit a core's own cache beside a few passes over them, measured on a CPU.
+_CACHED_LOGITS = 2**17
 # On other devices few large kernels are better, in memory that stays below 2²⁶ logits.
 _LAUNCHED_LOGITS = 2**26
 # Up to this many classes, W xᵀ is a faster product than x Wᵀ.
@@ -86,10 +86,18 @@ class How:
     across: Across | None = None
 
 
+def cached_rows(classes: int) -> int:
+    """The rows of logits that the caches of all cores hold, as many for each."""
+    # A compiler, which fuses the passes itself, can't go on from the number of cores.
+    cores = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    return cores * max(1, _CACHED_LOGITS // max(1, classes))
+
+
 def logits_step(z: Tensor) -> int:
     """The rows of given logits (N, K) to work out at a time."""
+    classes = z.shape[1]
     on_cpu = z.device.type == "cpu"
-    return max(1, (CACHED_LOGITS if on_cpu else _LAUNCHED_LOGITS) // max(1, z.shape[1]))
+    return cached_rows(classes) if on_cpu else max(1, _LAUNCHED_LOGITS // max(1, classes))
 
 
 # The loops.
@@ -131,7 +139,7 @@ class Logits:
         # Several places wait for one another at every block: one is enough.
         if z.device.type != "cpu" or self.how.across is not None:
             return slices(z.shape[0], z.shape[0] or 1)
-        return slices(z.shape[0], max(1, CACHED_LOGITS // max(1, z.shape[1])))
+        return slices(z.shape[0], cached_rows(z.shape[1]))
 
 
 def sums_of(inputs: Inputs, wanted: Inputs, dtype: torch.dtype) -> Inputs:
