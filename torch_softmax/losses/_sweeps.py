@@ -24,8 +24,10 @@ from ._products import (
     pull_to_rows,
 )
 
-# Logits that fit a core's own cache beside a few passes over them, measured on a CPU.
+# Logits that fit a core's own cache beside a few passes over them, measured on a CPU; and the cores
+# that share a block, so that it stays small beside a chunk.
 _CACHED_LOGITS = 2**17
+_MOST_CORES = 32
 # On other devices few large kernels are better, in memory that stays below 2²⁶ logits.
 _LAUNCHED_LOGITS = 2**26
 # Up to this many classes, W xᵀ is a faster product than x Wᵀ.
@@ -89,7 +91,7 @@ class How:
 def cached_rows(classes: int) -> int:
     """The rows of logits that the caches of all cores hold, as many for each."""
     # A compiler, which fuses the passes itself, can't go on from the number of cores.
-    cores = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    cores = 1 if torch.compiler.is_compiling() else min(torch.get_num_threads(), _MOST_CORES)
     return cores * max(1, _CACHED_LOGITS // max(1, classes))
 
 
