@@ -43,6 +43,7 @@ TESTS_OF = {
     "losses/_autograd.py": ["tests/losses/test_softmax.py", "tests/losses/test_small.py"],
     "losses/_objective.py": ["tests/optim"],
     "curvature/_sweeps.py": ["tests/curvature/test_hessian.py"],
+    "losses/_many.py": ["tests/losses/test_many.py"],
     "curvature/_solve.py": ["tests/curvature/test_solve.py"],
     "curvature/laplace.py": ["tests/curvature/test_laplace.py"],
     "curvature/sampling.py": ["tests/curvature/test_sampling.py"],
@@ -142,8 +143,8 @@ TEXTS = [
         "out.b.copy_(second.by_z.sum(0))",
     ),
     Text(
-        "curvature: what the first direction does, for each",
-        "curvature/_sweeps.py",
+        "many directions: what the first one does, for each",
+        "losses/_many.py",
         "t[some].flatten(0, 1)",
         "t[: some.stop - some.start].flatten(0, 1)",
     ),
