@@ -143,6 +143,18 @@ TEXTS = [
         "out.b.copy_(second.by_z.sum(0))",
     ),
     Text(
+        "capped: half of the gradient of the z-loss",
+        "losses/_capped.py",
+        "2 * options.z_loss * lse",
+        "options.z_loss * lse",
+    ),
+    Text(
+        "log-prob: the gradient of the entropy without log Σ",
+        "losses/log_prob.py",
+        "row.entropy - row.total.log()",
+        "row.entropy",
+    ),
+    Text(
         "many directions: what the first one does, for each",
         "losses/_many.py",
         "t[some].flatten(0, 1)",
