@@ -25,14 +25,6 @@ from ._targets import LogitOptions, Terms
 _ROWS_IN = (True, True, True, True, False, False)
 
 
-def changed(z: Tensor, options: LogitOptions) -> Tensor:
-    """The logits z' that z become, first scaled and then capped."""
-    cap, scale = options.softcap, options.logit_scale
-    if cap is not None:
-        return torch.tanh(z * (scale / cap)) * cap
-    return z if scale == 1 else z * scale
-
-
 class Changed(NamedTuple):
     """Logits z' with what their derivative by z is made from."""
 
@@ -47,13 +39,21 @@ class Changed(NamedTuple):
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
 
-def changed_(z: Tensor, options: LogitOptions) -> Changed:
-    """The logits z' that z become, which may be z itself, written over."""
+def change(z: Tensor, options: LogitOptions, into: Tensor | None = None) -> Changed:
+    """The logits z' that z become, first scaled and then capped, with what leads back to z.
+
+    It may be z itself that is written into: fresh memory costs more than the arithmetic.
+    """
     cap, scale = options.softcap, options.logit_scale
     if cap is None:
-        return Changed(z if scale == 1 else z.mul_(scale), None, scale)
-    tanh = z.mul_(scale / cap).tanh_()
+        return Changed(z if scale == 1 else torch.mul(z, scale, out=into), None, scale)
+    tanh = torch.tanh(torch.mul(z, scale / cap, out=into), out=into)
     return Changed(tanh * cap, tanh, scale)
+
+
+def changed(z: Tensor, options: LogitOptions) -> Tensor:
+    """The logits z' alone."""
+    return change(z, options).z
 
 
 def row_losses(options: LogitOptions, z: Tensor, *others: Any) -> tuple[Tensor]:
@@ -70,7 +70,7 @@ def row_losses_by_hand(
 ) -> tuple[tuple[Tensor], Tensor | None]:
     """The same, with the gradient by z."""
     p, hot, mass, factor, scale, floor = others
-    y, to = Target(p, hot, scale, floor), changed_(z, options)
+    y, to = Target(p, hot, scale, floor), change(z, options, into=z)
     S, top, numbers = formulas.softmax_and_numbers(to.z, y, None)
     lse = numbers.log_sum + top.squeeze(1)
     values = (_loss(numbers, lse, mass, factor, options.z_loss),)

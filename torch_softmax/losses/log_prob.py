@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _checks as checks
 from . import _formulas as formulas
 from ._autograd import Tensors
-from ._capped import changed, changed_
+from ._capped import change, changed
 from ._dtypes import outside_autocast
 from ._formulas import Target
 from ._mapped import RowFunction, results_of
@@ -87,7 +87,7 @@ def row_log_probs_by_hand(
     options: LogitOptions, z: Tensor, label: Tensor, cotangents: Tensors | None = None
 ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
     """The same, with the gradient by z."""
-    to = changed_(z, options)
+    to = change(z, options, into=z)
     row = _row_of(to.z, label)
     if cotangents is None:
         return (*row.results(), row.is_first(to.z, label)), None

@@ -56,13 +56,14 @@ class Descent:
 
     Where the products of float32 hide how it goes on, values and gradients are made in float64 from
     there: they say where the optimum is, and the Hessian only how to get there. This is iterative
-    refinement, and costs two wide products a step, of the tens that the linear system takes.
+    refinement, and costs four wide products a step or more, beside the tens that the linear system
+    takes: two for the point that it comes to, and two for what the parameters can keep of it.
     """
 
     def __init__(self, objective: Objective, v: Tensor) -> None:
         self.point, self.size = _start(objective, v)
         self.objective = objective
-        self.is_wide = False  # whether values and gradients are made in the dtype of sums
+        self.judge = objective  # of which values and gradients are, in the dtype of sums in the end
         self.moments: Moments | None = None
         self.known: Known | None = None
         self.before: tuple[float, Tensor] | None = None  # another λ, and the optimum there
@@ -77,12 +78,13 @@ class Descent:
             return
         here, decay, of_before = self.point, self.objective.weight_decay, self.objective.decay
         self.objective = self.objective.with_decay(weight_decay)
+        self.judge = self.judge.with_decay(weight_decay)
         self.point = self.objective.with_penalty(here, of_before)
         if self.before is not None and min(decay, self.before[0]) > 0:
             step, step_before = weight_decay / decay, decay / self.before[0]
             if min(step, step_before) > 0:  # which may be too small for a number
                 length = math.log(step) / math.log(step_before)
-                ahead = self._judge().at(here.v + length * (here.v - self.before[1]))
+                ahead = self.judge.at(here.v + length * (here.v - self.before[1]))
                 self.point = min(self.point, ahead, key=lambda point: point.value)
         self.before = decay, here.v
 
@@ -101,8 +103,10 @@ class Descent:
                     best, stalled = result, 0
                 else:
                     stalled += 1
+            if result.converged:
+                break
             lost = products is None or result.gradient_norm <= self._hidden()
-            if result.converged or not (lost or stalled == self._patience()):
+            if not (lost or stalled == self._patience()):
                 continue
             if not self._widen():
                 result = result._replace(reachable=result.gradient_norm)
@@ -115,29 +119,24 @@ class Descent:
         """Have values and gradients in the dtype of sums; whether that is another."""
         if not self._can_widen():
             return False
-        self.is_wide = True
-        self.point = self._judge().at(self.point.v)
+        self.judge = self.objective.wide()
+        self.point = self.judge.at(self.point.v)
         return True
 
     def _can_widen(self) -> bool:
-        examples = self.objective.examples
-        return not self.is_wide and examples.x.dtype != examples.sums
-
-    def _judge(self) -> Objective:
-        """The objective that values and gradients are of."""
-        return self.objective.wide() if self.is_wide else self.objective
+        examples = self.judge.examples
+        return examples.x.dtype != examples.sums
 
     def _epsilon(self) -> float:
         """The rounding of values and gradients."""
-        examples = self.objective.examples
-        return torch.finfo(examples.sums if self.is_wide else examples.x.dtype).eps
+        return torch.finfo(self.judge.examples.x.dtype).eps
 
     def _hidden(self) -> float:
         """The gradient norm that rounding hides, that of products or of the parameters."""
         of_products = self._epsilon() * self.size
-        if not self.is_wide:
+        if self.judge.examples.x.dtype == self.objective.examples.x.dtype:
             return of_products
-        kept = self._judge().at(self.objective.rounded(self.point.v))
+        kept = self.judge.at(self.objective.rounded(self.point.v))
         return max(of_products, float((kept.gradient - self.point.gradient).norm()))
 
     def _patience(self) -> int:
@@ -149,7 +148,7 @@ class Descent:
         v = self.objective.rounded(self.point.v)
         if torch.equal(v, self.point.v):
             return result
-        value, loss, norm = (point := self._judge().at(v)).value, point.loss, point.norm
+        value, loss, norm = (point := self.judge.at(v)).value, point.loss, point.norm
         converged = result.converged and norm <= self._enough(goal)
         stopped = result.converged or result.reachable > 0
         reachable = norm if stopped and not converged else 0.0
@@ -178,7 +177,7 @@ class Descent:
         )
         self.products = products
         # No product sees what all classes have in common, which rounding lets grow.
-        descended = descend(self._judge(), self.point, u - u.mean(0))
+        descended = descend(self.judge, self.point, u - u.mean(0))
         if descended is None:
             return None
         self.point = descended
@@ -194,7 +193,7 @@ class Descent:
                     f"input must hold numbers whose squares are finite in {dtype}, "
                     f"got one of {largest:.3g}"
                 )
-            self.objective = self.objective.about_mean(self.moments)
+            self.objective = self.judge = self.objective.about_mean(self.moments)
         return self.objective
 
     def _enough(self, goal: Goal) -> float:
