@@ -92,7 +92,23 @@ def is_plain(tensor: Tensor | None) -> bool:
     if tensor is None or type(tensor) in (Tensor, torch.nn.Parameter):
         return True
     dispatch = type(tensor).__torch_dispatch__
-    return dispatch is Tensor.__torch_dispatch__ or type(tensor).__name__ == "FakeTensor"
+    return dispatch is Tensor.__torch_dispatch__ or is_fake(tensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor stands for one without numbers, as while a program is traced."""
+    return type(tensor).__name__ == "FakeTensor"
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a `vmap` is at work over a tensor, at any level."""
+    if not is_in_func():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def unwrapped(tensor: Any) -> Any:

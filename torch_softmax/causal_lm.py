@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import linear_cross_entropy
-from .losses._capped import changed
+from .losses._numbers import changed
 from .losses._targets import LogitOptions
 
 __all__ = ["call_without_logits"]

@@ -13,6 +13,7 @@ from .losses import distillation, linear, log_prob, logits, mapped
 from .losses import softmax as _softmax
 from .losses._autograd import overridable
 from .losses._small import Batch, loss_if_small
+from .losses._sweeps import Layer
 from .losses._targets import Options, logit_options_of, options_of, row_options_of
 from .losses.log_prob import LogProb
 
@@ -210,7 +211,7 @@ def linear_cross_entropy(
         batch = Batch(input, linear_weight, linear_bias, target)
         if (small := loss_if_small(batch, given)) is not None:
             return small
-    layer = linear.Layer(input, linear_weight, linear_bias)
+    layer = Layer(input, linear_weight, linear_bias)
     if ignore_index is None:
         ignore_index = -100
     elif isinstance(target, Tensor) and target.is_floating_point():
@@ -240,6 +241,8 @@ def linear_log_prob(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     chunk_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    entropy: bool = True,
 ) -> LogProb:
     """The log-probability of each label, with the entropy of its row, a few rows at a time.
 
@@ -257,10 +260,14 @@ def linear_log_prob(
             they hold.
         chunk_size: The rows whose logits are held at a time; None for as many as give 2²⁴ logits,
             but at least 512.
+        dtype: The dtype of the logits and of what is returned; None for float32 (float64 for
+            float64).
+        entropy: Whether to compute the entropy, which takes a pass over the logits.
 
     Returns:
         `(log_prob, entropy, logsumexp, correct)`, each of the shape of `target`: the first three in
-        float32 (float64 for float64), in nats, and last whether the label is the likeliest class.
+        `dtype`, in nats, and last whether the label is the likeliest class. The entropy is nan
+        where it was not asked for.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -277,12 +284,16 @@ def linear_log_prob(
 
     Source: Cover and Thomas, Elements of Information Theory (2006), equation 2.1, for the entropy.
     """
-    layer = linear.Layer(input, linear_weight, linear_bias)
+    layer = Layer(input, linear_weight, linear_bias)
     options = logit_options_of(softcap, logit_scale, 0.0)
     ignore_index = checks.integer("ignore_index", ignore_index)
     chunk_size = checks.chunk_size(chunk_size)
     _refuse_sharded("linear_log_prob", *layer, target)
-    return log_prob.linear_log_prob(layer, target, options, ignore_index, chunk_size)
+    if dtype is not None:
+        checks.floating_dtype("dtype", dtype)
+    return log_prob.linear_log_prob(
+        layer, target, options, ignore_index, chunk_size, dtype, entropy=entropy
+    )
 
 
 @overridable
@@ -300,6 +311,7 @@ def linear_distillation(
     reduction: str = "mean",
     mask: Tensor | None = None,
     chunk_size: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """How far a student's distribution is from a teacher's, a few rows of both logits at a time.
 
@@ -328,10 +340,13 @@ def linear_distillation(
             all of them.
         chunk_size: The rows whose logits are held at a time; None for as many as give 2²⁴ logits
             of either, but at least 512.
+        dtype: The dtype of the logits and of the divergence; None for float32 (float64 for
+            float64).
 
     Returns:
-        The divergence in float32 (float64 for float64), in nats: a scalar, or (...) for 'none'. The
-        mean over no rows at all is nan, and its gradient 0.
+        The divergence in `dtype`, in nats: a scalar, or (...) for 'none'. Rounding may make one
+        near 0 negative, by no more than the rounding of its terms p_k log(p_k / q_k). The mean over
+        no rows at all is nan, and its gradient 0.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -349,11 +364,15 @@ def linear_distillation(
     2; Agarwal et al., On-Policy Distillation of Language Models (2024), equation 1, for 'jsd'.
     """
     options = distillation.divergence_of(divergence, beta, temperature)
-    student = linear.Layer(input, linear_weight, linear_bias)
-    teacher = linear.Layer(teacher_input, teacher_weight, teacher_bias)
+    student = Layer(input, linear_weight, linear_bias)
+    teacher = Layer(teacher_input, teacher_weight, teacher_bias)
     chunk_size = checks.chunk_size(chunk_size)
     _refuse_sharded("linear_distillation", *student, *teacher, mask)
-    return distillation.linear_distillation(student, teacher, options, reduction, mask, chunk_size)
+    if dtype is not None:
+        checks.floating_dtype("dtype", dtype)
+    return distillation.linear_distillation(
+        student, teacher, options, reduction, mask, chunk_size, dtype
+    )
 
 
 @overridable
@@ -415,7 +434,7 @@ def map_logits(
     """
     if isinstance(shared, Tensor):
         raise TypeError("shared must be a tuple of tensors, got a tensor")
-    layer = linear.Layer(input, linear_weight, linear_bias)
+    layer = Layer(input, linear_weight, linear_bias)
     chunk_size = checks.chunk_size(chunk_size)
     _refuse_sharded("map_logits", *layer, *rows, *shared)
     return mapped.map_logits(fn, [layer], rows, shared, reduction=reduction, chunk_size=chunk_size)

@@ -1,25 +1,28 @@
-"""A map over chunks of rows that is closed under differentiation.
+"""A map over chunks of rows that is closed under differentiation, and the Functions that apply it.
 
-If a function takes the rows of some tensors, and others whole, to results of which some have a row
-for each row and the others are added up, then so does its vector-Jacobian product: the cotangent of
-a result with rows has rows, and the gradient of a tensor that all rows share is added up over them.
-So every derivative of a chunked function is a chunked function, in either mode and of any order,
-and takes memory for one chunk.
+If a function takes the rows of some tensors, and other tensors whole, to results of which some have
+a row for each row and the others are added up, then so does its vector-Jacobian product: the
+cotangent of a result with rows has rows, and the gradient of a tensor that all rows share is added
+up over them. So every derivative of a chunked function is a chunked function, in either mode and of
+any order, and takes memory for one chunk.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from .._transforms import is_plain
-from ._autograd import Mask, Sum, Tensors, chunked, merge, scaled_, select, vjp
+from .._transforms import is_differentiated, is_plain, refuse_inference_mode
+from ._autograd import Mask, Saved, Tensors, merge, nested_forward_mode, select, split, vjp
 from ._dtypes import accumulation_dtype, outside_autocast
 from ._formulas import product
+
+Rows = slice | Tensor  # the rows of a chunk: one after another, or an index (n,) int64 of them
 
 
 def slices(rows: int, step: int) -> Iterator[slice]:
@@ -28,222 +31,23 @@ def slices(rows: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def cut(tensor: Tensor, rows: slice) -> Tensor:
-    """Some rows of a tensor; itself where these are all, as of a small batch."""
+def chunks_of_rows(count: int, step: int, index: Tensor | None) -> Iterator[Rows]:
+    """Cut all rows, or those that an index names, into chunks of at most `step`."""
+    return slices(count, step) if index is None else iter(index.split(step))
+
+
+def cut(tensor: Tensor, rows: Rows) -> Tensor:
+    """Some rows of a tensor; itself where a slice is all of them, as in a small batch."""
+    if isinstance(rows, Tensor):
+        return tensor.index_select(0, rows)
     return tensor if rows.start == 0 and rows.stop >= tensor.shape[0] else tensor[rows]
 
 
-class Sweep(Protocol):
-    """A faster way through all chunks of a plan, and through those of its derivatives."""
-
-    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """The results of the plan, but for rounding."""
-
-    def vjp(self, wanted: Mask, given: Mask) -> "Sweep | None":
-        """That of the plan's `vjp`; None where there is none."""
-
-    def jvp(self, moved: Mask) -> "Sweep | None":
-        """That of the plan's `jvp`; None where there is none."""
-
-
-@runtime_checkable
-class SweepOfMany(Sweep, Protocol):
-    """A sweep whose plan has a faster way for many elements of a batch as well."""
-
-    def batch(self, batched: Mask) -> Sweep | None:
-        """That of the plan for a batch of some tensors; None where there is none."""
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A function of tensors, to be worked out a chunk of rows at a time.
-
-    Args:
-        fn: What a chunk's tensors come to, a tuple, in operations that can be differentiated.
-        rows_in: Which tensors have a row for each row; the others come to each chunk whole.
-        rows_out: Which results do; the others are added up over the chunks.
-        step: The rows of a chunk.
-        sweep: A faster way to the same results.
-        known: The results, where they are known already.
-    """
-
-    fn: Callable[..., tuple[Tensor, ...]]
-    rows_in: Mask
-    rows_out: Mask
-    step: int
-    sweep: Sweep | None = None
-    known: tuple[Tensor, ...] | None = None
-
-    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """The results for all rows."""
-        if self.known is not None:
-            return tuple(result.detach() for result in self.known)
-        first = next(tensor for tensor in tensors if tensor is not None)
-        with outside_autocast(first):
-            if self.sweep is not None and all(map(is_plain, tensors)):
-                return self.sweep.run(*tensors)
-            return self._run_in_chunks(*tensors)
-
-    def _run_in_chunks(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """The results by the function itself."""
-        count = next(t.shape[0] for t in select(tensors, self.rows_in) if t is not None)
-        results: list[Tensor] = []
-        for rows in slices(count, self.step):
-            pairs = zip(tensors, self.rows_in, strict=True)
-            parts = self.fn(*(t[rows] if r and t is not None else t for t, r in pairs))
-            results = results or [
-                part.new_empty((count, *part.shape[1:]))
-                if of_rows
-                else torch.zeros_like(part, dtype=accumulation_dtype(part.dtype))
-                for part, of_rows in zip(parts, self.rows_out, strict=True)
-            ]
-            for result, part, of_rows in zip(results, parts, self.rows_out, strict=True):
-                if of_rows:
-                    write(result, rows, part)
-                else:
-                    result += part
-        return tuple(results)
-
-    def vjp(self, wanted: Mask, given: Mask) -> "Plan":
-        """The plan of the gradients of the wanted tensors.
-
-        It takes the tensors, and then a cotangent for each of the given results, of which None
-        stands for ones.
-        """
-
-        def fn(*tensors: Any) -> tuple[Tensor, ...]:
-            at, cotangents = split(tensors, len(wanted))
-
-            def results(*moving: Tensor) -> tuple[Tensor, ...]:
-                return select(self.fn(*merge(at, wanted, moving)), given)
-
-            outputs, pull = vjp(results, *select(at, wanted))
-            pairs = zip(outputs, cotangents, strict=True)
-            gradients: tuple[Tensor, ...] = pull(
-                tuple(torch.ones_like(o) if c is None else c.to(o.dtype) for o, c in pairs)
-            )
-            return gradients
-
-        return Plan(
-            fn,
-            (*self.rows_in, *select(self.rows_out, given)),
-            select(self.rows_in, wanted),
-            self.step,
-            None if self.sweep is None else self.sweep.vjp(wanted, given),
-        )
-
-    def jvp(self, moved: Mask) -> "Plan":
-        """The plan of the results' tangents: of the tensors, and then of those that move."""
-
-        def fn(*tensors: Any) -> tuple[Tensor, ...]:
-            at, tangents = split(tensors, len(moved))
-
-            def results(*moving: Tensor) -> tuple[Tensor, ...]:
-                return tuple(self.fn(*merge(at, moved, moving)))
-
-            # The vector-Jacobian product is linear, and its own is the Jacobian-vector product.
-            # torch.func.jvp can't be called inside a level of forward mode.
-            outputs, pull = vjp(results, *select(at, moved))
-            _, push = vjp(pull, tuple(map(torch.zeros_like, outputs)))
-            pairs = zip(select(at, moved), tangents, strict=True)
-            (pushed,) = push(tuple(tangent.to(t.dtype) for t, tangent in pairs))
-            result: tuple[Tensor, ...] = pushed
-            return result
-
-        return Plan(
-            fn,
-            (*self.rows_in, *select(self.rows_in, moved)),
-            self.rows_out,
-            self.step,
-            None if self.sweep is None else self.sweep.jvp(moved),
-        )
-
-    def with_results(self, results: Tensors) -> "Plan":
-        """The same, with its results if all of them are known."""
-        known = tuple(result for result in results if result is not None)
-        return replace(self, known=known) if len(known) == len(results) else self
-
-    def for_derivatives(self) -> "Plan":
-        """The same without its results, which may be large."""
-        return self if self.known is None else replace(self, known=None)
-
-    def pull(self, tensors: Tensors, cotangents: Tensors, wanted: Mask) -> Tensors:
-        """The gradients of the wanted tensors, in backward."""
-        given = tuple(cotangent is not None for cotangent in cotangents)
-        nothing = (None,) * len(tensors)
-        if not any(given):
-            return nothing
-        gradients = chunked(self.vjp(wanted, given), *tensors, *select(cotangents, given))
-        return merge(nothing, wanted, gradients)
-
-    def push(self, tensors: Tensors, tangents: Tensors) -> Tensors:
-        """The tangents of the results, in forward mode."""
-        moved = tuple(tangent is not None for tangent in tangents)
-        return chunked(self.jvp(moved), *tensors, *select(tangents, moved))
-
-    def batch(self, size: int, dims: tuple[int | None, ...], tensors: Tensors) -> Tensors:
-        """The results for each element of a batch: at once, as more rows, or in a loop."""
-        at_once = self._at_once(size, tuple(dim is not None for dim in dims))
-        if at_once is not None:
-            at = (
-                t if d is None or t is None else t.movedim(d, 0)
-                for t, d in zip(tensors, dims, strict=True)
-            )
-            outputs = zip(chunked(at_once, *at), self.rows_out, strict=True)
-            return tuple(r.movedim(1, 0) if of_rows else r for r, of_rows in outputs)
-        pairs = list(zip(tensors, dims, self.rows_in, strict=True))
-        if size == 0 or not all(self.rows_out) or any(d is not None and not r for _, d, r in pairs):
-            return in_a_loop(self, size, dims, tensors)
-
-        def fold(tensor: Tensor | None, dim: int | None, of_rows: bool) -> Tensor | None:
-            if tensor is None or not of_rows:
-                return tensor
-            each = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return each.flatten(0, 1)
-
-        results = chunked(self, *(fold(*pair) for pair in pairs))
-        return tuple(result.unflatten(0, (size, -1)) for result in results)
-
-    def _at_once(self, size: int, batched: Mask) -> "Plan | None":
-        """The plan for a batch of tensors without rows, (size, ...), where a sweep knows it.
-
-        Its results are (size, ...), or (N, size, ...) of those with rows.
-        """
-        sweep = self.sweep.batch(batched) if isinstance(self.sweep, SweepOfMany) else None
-        if size == 0 or sweep is None:
-            return None
-        fn = torch.vmap(
-            self.fn,
-            tuple(0 if of_batch else None for of_batch in batched),
-            tuple(1 if of_rows else 0 for of_rows in self.rows_out),
-        )
-        # Where the function itself is asked, all elements of a chunk are held at a time.
-        return Plan(fn, self.rows_in, self.rows_out, max(1, self.step // size), sweep)
-
-
-def in_a_loop(plan: Any, size: int, dims: tuple[int | None, ...], tensors: Tensors) -> Tensors:
-    """The results of a plan for each element of a batch, one after another."""
-
-    def element(i: int) -> tuple[Tensor, ...]:
-        pairs = zip(tensors, dims, strict=True)
-        return chunked(plan, *(t if d is None or t is None else t.select(d, i) for t, d in pairs))
-
-    if size == 0:
-        # The shapes are those for an element of zeros.
-        pairs = zip(tensors, dims, strict=True)
-        zeros = (
-            t if d is None or t is None else t.new_zeros(t.movedim(d, 0).shape[1:])
-            for t, d in pairs
-        )
-        return tuple(result.new_empty((0, *result.shape)) for result in chunked(plan, *zeros))
-    return tuple(map(torch.stack, zip(*map(element, range(size)), strict=True)))
-
-
-def write(result: Tensor, rows: slice, part: Tensor) -> None:
-    """Write the result of some rows among those of all.
+def write(result: Tensor, rows: Rows, part: Tensor) -> None:
+    """Write the result of some rows among the results of all rows.
 
     Raises:
-        ValueError: It is another kind of result, which would be widened to fit.
+        ValueError: The part has another shape or dtype, and would be widened to fit.
     """
     if (part.shape[1:], part.dtype) != (result.shape[1:], result.dtype):
         raise ValueError(
@@ -254,15 +58,278 @@ def write(result: Tensor, rows: slice, part: Tensor) -> None:
     result[rows] = part
 
 
+def empty_rows(count: int, part: Tensor, index: Tensor | None) -> Tensor:
+    """A result for all rows like that of some rows; 0 at each row that an index leaves out."""
+    shape = (count, *part.shape[1:])
+    return part.new_empty(shape) if index is None else part.new_zeros(shape)
+
+
+class Sweep(Protocol):
+    """A faster way through all chunks of a plan, and of the plans of its derivatives."""
+
+    def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:
+        """The results of the plan, up to rounding."""
+
+    def vjp(self, wanted: Mask) -> "Sweep | None":
+        """The sweep of the plan's `vjp`, or None."""
+
+    def jvp(self) -> "Sweep | None":
+        """The sweep of the plan's `jvp`, or None."""
+
+    def batch(self, batched: Mask, present: Mask) -> "Sweep | None":
+        """The sweep of the plan for a batch of some of the tensors that are there, or None."""
+
+
 @dataclass(frozen=True, eq=False)
-class Total:
-    """The sum of a plan's results, each times a factor for its row, with gradients taken along.
+class Plan:
+    """A function of tensors, to be evaluated a chunk of rows at a time.
 
     Args:
-        plan: Whose results all have rows.
-        run: The sum of some tensors, with the gradients by those that are wanted.
-        complete: The plan's tensors for these, and then a factor (N,) for each of its results, of
-            which None stands for 1.
+        fn: The results for a chunk, a tuple, in operations that can be differentiated.
+        rows_in: Which tensors have a row for each row; each chunk gets the others whole.
+        rows_out: Which results have a row for each row; the others are summed over the chunks.
+        step: The number of rows of a chunk.
+        sweep: A faster way to the same results.
+        index: The rows that count, (n,) int64; None for all. The other rows are never read: their
+            results and gradients are 0.
+        known: The results, where they have been computed already.
+    """
+
+    fn: Callable[..., tuple[Tensor, ...]]
+    rows_in: Mask
+    rows_out: Mask
+    step: int
+    sweep: Sweep | None = None
+    index: Tensor | None = None
+    known: tuple[Tensor, ...] | None = None
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The results for all rows."""
+        if self.known is not None:
+            return tuple(result.detach() for result in self.known)
+        first = next(tensor for tensor in tensors if tensor is not None)
+        with outside_autocast(first):
+            if self.sweep is not None and all(map(is_plain, tensors)):
+                return self.sweep.run(tensors, self.index)
+            return self._run_in_chunks(*tensors)
+
+    def _run_in_chunks(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The results by the function itself."""
+        pairs = list(zip(tensors, self.rows_in, strict=True))
+        count = next(len(t) for t, has_rows in pairs if has_rows and t is not None)
+        results: list[Tensor] = []
+        for rows in chunks_of_rows(count, self.step, self.index):
+            parts = self.fn(*(cut(t, rows) if r and t is not None else t for t, r in pairs))
+            results = results or [
+                empty_rows(count, part, self.index)
+                if has_rows
+                else torch.zeros_like(part, dtype=accumulation_dtype(part.dtype))
+                for part, has_rows in zip(parts, self.rows_out, strict=True)
+            ]
+            for result, part, has_rows in zip(results, parts, self.rows_out, strict=True):
+                if has_rows:
+                    write(result, rows, part)
+                else:
+                    result += part
+        return tuple(results)
+
+    def vjp(self, wanted: Mask) -> "Plan":
+        """The plan of the gradients of the wanted tensors.
+
+        It takes the tensors, and then a cotangent for each result; None stands for 0.
+        """
+
+        def fn(*tensors: Any) -> tuple[Tensor, ...]:
+            at, cotangents = split(tensors, len(wanted))
+            given = tuple(cotangent is not None for cotangent in cotangents)
+
+            def results(*moving: Tensor) -> tuple[Tensor, ...]:
+                return select(self.fn(*merge(at, wanted, moving)), given)
+
+            outputs, pull = vjp(results, *select(at, wanted))
+            pairs = zip(outputs, select(cotangents, given), strict=True)
+            gradients: tuple[Tensor, ...] = pull(tuple(c.to(o.dtype) for o, c in pairs))
+            return gradients
+
+        sweep = None if self.sweep is None else self.sweep.vjp(wanted)
+        rows_in, rows_out = (*self.rows_in, *self.rows_out), select(self.rows_in, wanted)
+        return Plan(fn, rows_in, rows_out, self.step, sweep, self.index)
+
+    def jvp(self) -> "Plan":
+        """The plan of the results' tangents.
+
+        It takes the tensors, and then a tangent for each of them; None stands for 0.
+        """
+
+        def fn(*tensors: Any) -> tuple[Tensor, ...]:
+            at, tangents = split(tensors, len(self.rows_in))
+            moved = tuple(tangent is not None for tangent in tangents)
+
+            def results(*moving: Tensor) -> tuple[Tensor, ...]:
+                return tuple(self.fn(*merge(at, moved, moving)))
+
+            # The vector-Jacobian product is linear, and its own is the Jacobian-vector product.
+            # torch.func.jvp can't be called inside a level of forward mode.
+            outputs, pull = vjp(results, *select(at, moved))
+            _, push = vjp(pull, tuple(map(torch.zeros_like, outputs)))
+            pairs = zip(select(at, moved), select(tangents, moved), strict=True)
+            (pushed,) = push(tuple(tangent.to(t.dtype) for t, tangent in pairs))
+            result: tuple[Tensor, ...] = pushed
+            return result
+
+        sweep = None if self.sweep is None else self.sweep.jvp()
+        return Plan(fn, self.rows_in * 2, self.rows_out, self.step, sweep, self.index)
+
+    def for_rows(self, index: Tensor | None) -> "Plan":
+        """The plan for the rows that an index names."""
+        return self if index is None else replace(self, index=index)
+
+    def with_results(self, results: Tensors) -> "Plan":
+        """The plan with its results, if all of them are known."""
+        known = tuple(result for result in results if result is not None)
+        return replace(self, known=known) if len(known) == len(results) else self
+
+    def for_derivatives(self) -> "Plan":
+        """The plan without its results, which may be large."""
+        return self if self.known is None else replace(self, known=None)
+
+    def pull(self, tensors: Tensors, cotangents: Tensors, wanted: Mask) -> Tensors:
+        """The gradients of the wanted tensors, in backward."""
+        nothing = (None,) * len(tensors)
+        if all(cotangent is None for cotangent in cotangents):
+            return nothing
+        return merge(nothing, wanted, chunked(self.vjp(wanted), *tensors, *cotangents))
+
+    def push(self, tensors: Tensors, tangents: Tensors) -> Tensors:
+        """The tangents of the results, in forward mode."""
+        return chunked(self.jvp(), *tensors, *tangents)
+
+    def batch(self, size: int, dims: tuple[int | None, ...], tensors: Tensors) -> Tensors:
+        """The results for each element of a batch: at once, as more rows, or in a loop."""
+        batched = tuple(dim is not None for dim in dims)
+        at_once = self._at_once(size, batched, tuple(t is not None for t in tensors))
+        if at_once is not None:
+            at = (
+                t if d is None or t is None else t.movedim(d, 0)
+                for t, d in zip(tensors, dims, strict=True)
+            )
+            outputs = zip(chunked(at_once, *at), self.rows_out, strict=True)
+            return tuple(r.movedim(1, 0) if has_rows else r for r, has_rows in outputs)
+        pairs = list(zip(tensors, dims, self.rows_in, strict=True))
+        is_shared = any(d is not None and not has_rows for _, d, has_rows in pairs)
+        if size == 0 or not all(self.rows_out) or is_shared or self.index is not None:
+            return self._in_a_loop(size, dims, tensors)
+
+        def fold(tensor: Tensor | None, dim: int | None, has_rows: bool) -> Tensor | None:
+            if tensor is None or not has_rows:
+                return tensor
+            each = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            return each.flatten(0, 1)
+
+        results = chunked(self, *(fold(*pair) for pair in pairs))
+        return tuple(result.unflatten(0, (size, -1)) for result in results)
+
+    def _at_once(self, size: int, batched: Mask, present: Mask) -> "Plan | None":
+        """The plan for a batch of tensors without rows, (size, ...), where a sweep knows it.
+
+        A result is (size, ...), or (N, size, ...) if it has rows.
+        """
+        sweep = None if self.sweep is None else self.sweep.batch(batched, present)
+        if size == 0 or sweep is None:
+            return None
+        fn = torch.vmap(
+            self.fn,
+            tuple(0 if has_batch else None for has_batch in batched),
+            tuple(1 if has_rows else 0 for has_rows in self.rows_out),
+        )
+        # Where the function itself is called, it holds all elements of a chunk at a time.
+        step = max(1, self.step // size)
+        return Plan(fn, self.rows_in, self.rows_out, step, sweep, self.index)
+
+    def _in_a_loop(self, size: int, dims: tuple[int | None, ...], tensors: Tensors) -> Tensors:
+        """The results for each element of a batch, one after another."""
+        pairs = list(zip(tensors, dims, strict=True))
+
+        def element(i: int) -> tuple[Tensor, ...]:
+            at = (t if d is None or t is None else t.select(d, i) for t, d in pairs)
+            return chunked(self, *at)
+
+        if size == 0:
+            # The shapes are those for an element of zeros.
+            zeros = (
+                t if d is None or t is None else t.new_zeros(t.movedim(d, 0).shape[1:])
+                for t, d in pairs
+            )
+            return tuple(result.new_empty((0, *result.shape)) for result in chunked(self, *zeros))
+        return tuple(map(torch.stack, zip(*map(element, range(size)), strict=True)))
+
+
+class Chunked(Function):
+    """A plan applied to tensors: the plan knows its own derivatives."""
+
+    @staticmethod
+    def forward(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return plan.run(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        plan, *tensors = inputs
+        ctx.plan = plan.for_derivatives()
+        ctx.saved = Saved(ctx, tensors, forward_too=True)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        _, *wanted = ctx.needs_input_grad
+        return None, *ctx.plan.pull(ctx.saved.tensors(ctx), cotangents, tuple(wanted))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        with nested_forward_mode(ctx.saved.tensors(ctx)) as tensors:
+            return ctx.plan.push(tensors, tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Tensor | None) -> Any:
+        _, *dims = in_dims
+        results = plan.batch(info.batch_size, tuple(dims), tensors)
+        return results, tuple(None if result is None else 0 for result in results)
+
+
+# Function.apply asks for this at every call, and without it, inspect works it out anew each time.
+Chunked.forward.__signature__ = inspect.signature(Chunked.forward)  # type: ignore[attr-defined]
+
+
+def chunked(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Apply a plan, so that its results can be differentiated."""
+    # Without gradients there is nothing to record. And a compiler drops a Function's jvp, and takes
+    # its backward for the end of differentiation (pytorch/pytorch#192985).
+    if torch.compiler.is_compiling() or not is_differentiated():
+        return plan.run(*tensors)
+    refuse_inference_mode()
+    results: tuple[Tensor, ...] = Chunked.apply(plan, *tensors)
+    return results
+
+
+# A sum is differentiated while its logits are at hand.
+
+
+class Sum(NamedTuple):
+    """A sum with what was computed beside it."""
+
+    value: Tensor
+    gradients: Tensors  # by each tensor, None where no gradient is needed
+    others: tuple[Tensor, ...] = ()  # without a gradient of their own
+
+
+@dataclass(frozen=True, eq=False)
+class Total:
+    """The sum of a plan's results, each times a factor for its row, with its gradients.
+
+    Args:
+        plan: A plan whose results all have rows.
+        run: The sum for some tensors, with the gradients of the wanted ones.
+        complete: The plan's tensors for these, and then a factor (N,) for each of its results;
+            None stands for 1.
     """
 
     plan: Plan
@@ -272,31 +339,91 @@ class Total:
     def pull(
         self, tensors: Tensors, known: Tensors | None, upstream: Tensor, wanted: Mask
     ) -> Tensors:
-        """The gradients: those of the plan for its factors, and its results for the factors'."""
+        """The gradients times the upstream one, so that they can be differentiated.
+
+        The gradients of the plan's tensors are its derivative at the factors, and the gradients of
+        the factors are its results.
+        """
         every = self.complete(tensors)
         masks = (*wanted, *(False,) * (len(every) - len(wanted)))
-        (at, _), (of_plan, of_factors), (by_plan, by_factors) = (
+        (at, factors), (by_plan, by_factors), (of_plan, of_factors) = (
             split(values, len(self.plan.rows_in))
             for values in (every, masks, known or (None,) * len(every))
         )
         gradients: Tensors = ()
-        if any(of_plan):
-            derivative = self.plan.vjp(of_plan, (True,) * len(of_factors))
-            gradients = chunked(derivative.with_results(select(by_plan, of_plan)), *every)
-        if any(of_factors):
-            results = chunked(self.plan.with_results(by_factors), *at)
-            gradients = (*gradients, *select(results, of_factors))
+        if any(by_plan):
+            derivative = self.plan.vjp(by_plan).with_results(select(of_plan, by_plan))
+            first = next(t for t in at if t is not None)
+            like = next((f for f in factors if f is not None), None)
+            dtype = accumulation_dtype(first.dtype) if like is None else like.dtype
+            one = first.new_ones((), dtype=dtype).expand(len(first))
+            gradients = chunked(derivative, *at, *(one if f is None else f for f in factors))
+        if any(by_factors):
+            results = chunked(self.plan.with_results(of_factors), *at)
+            gradients = (*gradients, *select(results, by_factors))
         return merge((None,) * len(wanted), wanted, scaled_(gradients, upstream))
 
 
-def sum_of_products(results: tuple[Tensor, ...], factors: Tensors) -> Tensor:
-    """Σ_n Σ_i f_ni r_ni, over rows n and results i, where a factor of None is 1."""
+class TakenAlong(Function):
+    """A sum whose gradients are computed beside it, in the forward pass.
+
+    The first backward takes these gradients and owns them from then on. Any further backward
+    computes them again, and one that is to be differentiated has them from a plan.
+
+    No transform comes here, so that it needs no `setup_context`, without which a call takes a
+    third of the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Total, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        _, *wanted = ctx.needs_input_grad
+        value, ctx.taken, others = total.run(tensors, tuple(wanted))
+        ctx.total = total
+        ctx.saved = Saved(ctx, tensors)
+        if others:
+            ctx.mark_non_differentiable(*others)
+        return value, *others
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+        _, *wanted = ctx.needs_input_grad
+        taken, ctx.taken = ctx.taken, None
+        tensors = ctx.saved.tensors(ctx)
+        if is_differentiated():
+            return None, *ctx.total.pull(tensors, taken, upstream, tuple(wanted))
+        if taken is None:
+            with outside_autocast(upstream):
+                _, taken, _ = ctx.total.run(tensors, tuple(wanted))
+        return None, *scaled_(taken, upstream)
+
+
+def taken_along(total: Total, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The value of a sum, and what was computed beside it apart from its gradients."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        results: tuple[Tensor, ...] = TakenAlong.apply(total, *tensors)
+        return results
+    value, _, others = total.run(tensors, (False,) * len(tensors))
+    return value, *others
+
+
+def scaled_(gradients: Tensors, scale: Tensor) -> Tensors:
+    """Gradients that nobody else has seen, times the upstream one."""
+    if is_differentiated() or torch.compiler.is_compiling():
+        return tuple(None if gradient is None else gradient * scale for gradient in gradients)
+    # A CPU knows its numbers, and for most losses this one is 1.
+    if scale.is_cpu and scale.item() == 1:
+        return gradients
+    return tuple(None if gradient is None else gradient.mul_(scale) for gradient in gradients)
+
+
+def sum_of_products(
+    results: tuple[Tensor, ...], factors: Tensors, index: Tensor | None = None
+) -> Tensor:
+    """Σ_n Σ_i f_ni r_ni, over the rows n that count and results i; a factor of None is 1."""
+    if index is not None:
+        # The sum is rounded as the sum of the rows that count alone.
+        results = tuple(result[index] for result in results)
+        factors = tuple(factor if factor is None else factor[index] for factor in factors)
     pairs = zip(results, factors, strict=True)
     terms = [result if factor is None else product(factor, result) for result, factor in pairs]
     return functools.reduce(torch.add, terms).sum()
-
-
-def split(values: Any, count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The first of some values, and the rest."""
-    rest = iter(values)
-    return tuple(islice(rest, count)), tuple(rest)

@@ -1,61 +1,79 @@
 """The mathematics of the softmax, its loss and their derivatives, as plain tensor functions.
 
-    n, k     a row of N, a class of K
-    z        the logits of a row
-    top      its largest logit, a constant to all derivatives: it cancels
-    S        softmax(z)
-    p        the target as it was given: a class index, which is one-hot, or probabilities
-    y        the target distribution, y = hot p + floor of an index, y = scale ∘ p + floor else
-    m        its mass Σ_k y_k, which is 1 but for class weights
-    log_sum  log Σ_k e^{z_k − top}
-    gap      Σ_k y_k (top − z_k), by how much the target's logits lie below the largest
-    s, t     the factors of log_sum and gap in T
-    u        a change of z; dp, ds and dt those of p, s and t
+    n, k      a row of N, a class of K
+    z         the logits of a row
+    top       its largest logit, a constant to all derivatives: it cancels
+    S         softmax(z)
+    p         the target as it was given: a class index, which is one-hot, or probabilities
+    y         the target distribution: y = hot p + floor of an index, y = scale ∘ p + floor else
+    m         its mass Σ_k y_k, which is 1 unless there are class weights
+    u         a change of z
 
-A row is known by log_sum and gap, as its loss is L = −Σ_k y_k log S_k = m log_sum + gap. Both are
-relative to the top: m log Σ_k e^{z_k} − y · z would lose every digit at logits of 8000.
+A row is known by a few numbers, each relative to its largest logit, as m log Σ_k e^{z_k} − y · z
+would lose every digit at logits of 8000:
 
-With the factors, T = Σ_n s_n log_sum_n + t_n gap_n. All derivatives follow from ∂log_sum/∂z = S
-and ∂gap/∂z = −y:
+    log_sum   log Σ_k e^{z_k − top}          ∂/∂z = S
+    gap       Σ_k y_k (top − z_k)            ∂/∂z = −y
+    mean_gap  Σ_k S_k (top − z_k)            ∂/∂z = S ∘ (top − z − mean_gap − 1)
+    square    lse², lse = log_sum + top      ∂/∂z = 2 lse S
+    top       max_k z_k
+    is_top    whether the label is the likeliest class
 
-    ∂T/∂z = s S − t y, which is S − y where s = t = 1
-    ∂T/∂s = log_sum,  ∂T/∂t = gap,  ∂T/∂y = t (top − z)
-    ∂²T u = s S ∘ (u − S · u), the softmax's own Jacobian
+All that is public is arithmetic on these: the loss is m log_sum + gap + ζ square, the
+log-probability −(log_sum + gap), the entropy log_sum + mean_gap.
+
+With a factor for each number, T = Σ_n s log_sum + t gap + h mean_gap + r square has
+
+    ∂T/∂z = S ∘ q − t y  with  q = s + 2 r lse + h (top − z − mean_gap − 1),
+
+which is S − y where s = t = 1 and h = r = 0. Along u, with δe = S·((top − z − mean_gap − 1) ∘ u),
+
+    ∂²T u = S ∘ ((u − S·u) ∘ q + 2 r S·u − h (u + δe)),
+
+and the numbers change by S·u, −y·u, δe and 2 lse S·u. By the target, ∂T/∂y = t (top − z).
 
 A name that ends in an underscore says, as in torch, that a function writes into its first argument.
 """
 
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 # torch's kernel for the last dimension is fast from this many numbers on.
 _FEW = 16
+# e to minus this is 0 in every dtype: a logit of −∞ has no share of anything, while 0 · ∞ is nan.
+_FAR_BELOW = 1e4
 
 
 class Across(Protocol):
-    """How numbers are combined where the classes of a row are spread over several places."""
+    """How numbers are combined where the classes of a row are sharded over ranks."""
 
     def largest(self, value: Tensor) -> Tensor:
-        """The largest of all places."""
+        """The elementwise maximum over all ranks."""
 
     def total(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """The sum over all places, of each of some tensors of one shape."""
+        """The sum over all ranks, of each of some tensors of one shape."""
+
+
+Factor = Tensor | float  # of a number: one for each row (n,), or one for all rows
 
 
 class Numbers(NamedTuple):
-    """One number for each of log_sum and gap: themselves (N,), their factors s and t, or slopes."""
+    """One thing for each number of a row, such as its factor in T; 0 for a number that is not."""
 
-    log_sum: Tensor
-    gap: Tensor
+    log_sum: Any = 0.0
+    gap: Any = 0.0
+    mean_gap: Any = 0.0
+    square: Any = 0.0
+    top: Any = 0.0
+    is_top: Any = 0.0
 
 
-class Factors(NamedTuple):
-    """The factors s and t of log_sum and gap, (N,); None stands for 1."""
-
-    s: Tensor | None = None
-    t: Tensor | None = None
+def is_zero(factor: Factor) -> bool:
+    """Whether a factor is 0 for all rows, so that nothing of it needs to be computed."""
+    return not isinstance(factor, Tensor) and factor == 0
 
 
 def product(factor: Tensor, value: Tensor) -> Tensor:
@@ -63,16 +81,18 @@ def product(factor: Tensor, value: Tensor) -> Tensor:
     return torch.where((factor == 0) & value.isinf(), 0, factor * value)
 
 
-def times(value: Tensor, factor: Tensor | None) -> Tensor:
-    """Each row of a value (N, ·) times its factor (N,), where None stands for 1."""
-    return value if factor is None else value * factor.unsqueeze(1)
+def per_row(factor: Factor, like: Tensor) -> Factor:
+    """A factor (n,) with the dimensions of a tensor (n, ..., K), to be multiplied with it."""
+    if not isinstance(factor, Tensor):
+        return factor
+    return factor.view(-1, *(1 for _ in like.shape[1:]))
 
 
 class Target(NamedTuple):
-    """The target distribution y of each row. Where the classes are spread, of those in this place.
+    """The target distribution y of each row; of the classes of this rank, where they are sharded.
 
-    With class weights w and label smoothing ε, hot = (1 − ε) w at the label (0 where it lies in
-    another place), scale = (1 − ε) w, and floor = ε w / K.
+    With class weights w and label smoothing ε, hot = (1 − ε) w at the label (0 where another rank
+    has it), scale = (1 − ε) w, and floor = ε w / K.
     """
 
     target: Tensor  # p: (N,) class indices in [0, K), or (N, K) probabilities
@@ -84,48 +104,47 @@ class Target(NamedTuple):
         """Whether p is given in full."""
         return self.target.is_floating_point()
 
-    def rows(self, rows: slice) -> "Target":
-        """The target of some rows."""
-        hot = None if self.hot is None else self.hot[rows]
-        return Target(self.target[rows], hot, self.scale, self.floor)
-
-    def push_forward(self, dp: Tensor) -> Tensor:
-        """What a change of probabilities does to y, dy = scale ∘ dp; and its own transpose."""
+    def scaled(self, dp: Tensor) -> Tensor:
+        """What a change of probabilities does to y, dy = scale ∘ dp; it is its own transpose."""
         return dp if self.scale is None else dp * self.scale
 
     def below(self, top: Tensor | float, z: Tensor) -> Tensor:
-        """The gap Σ_k y_k (top − z_k), (N,), for a top (N, 1); and of a change u from 0, −y · u."""
+        """The gap Σ_k y_k (top − z_k), (n, ...), of logits (n, ..., K); for a change u, −y · u."""
+        between = (1 for _ in z.shape[2:])
         if self.is_dense():
-            y = self.push_forward(self.target.to(z.dtype))
-            total = product(y, top - z).sum(1)
+            y = self.scaled(self.target.to(z.dtype))
+            total = product(y.view(len(y), *between, -1), top - z).sum(-1)
         else:
-            total = (top - z.gather(1, self.target.unsqueeze(1))).squeeze(1)
+            label = self.target.view(-1, *between, 1).expand(*z.shape[:-1], 1)
+            total = (top - z.gather(-1, label)).squeeze(-1)
             if self.hot is not None:
-                total = product(self.hot, total)
+                total = product(per_row(self.hot, total), total)  # type: ignore[arg-type]
         if self.floor is None:
             return total
-        return total + ((top - z).masked_fill(self.floor == 0, 0) * self.floor).sum(1)
+        return total + ((top - z).masked_fill(self.floor == 0, 0) * self.floor).sum(-1)
 
-    def subtract_from_(self, gradient: Tensor, t: Tensor | None) -> Tensor:
-        """Take t y off a gradient (N, K), in place."""
+    def subtract_from_(self, gradient: Tensor, t: Factor) -> Tensor:
+        """Subtract t y from a gradient (n, K), in place."""
+        if is_zero(t):
+            return gradient
         if self.is_dense():
-            gradient -= times(self.push_forward(self.target.to(gradient.dtype)), t)
-        elif t is None and self.hot is None:
-            subtract_one_hot_(gradient, self.target, 1)
+            gradient -= self.scaled(self.target.to(gradient.dtype)) * per_row(t, gradient)
+        elif not isinstance(t, Tensor) and self.hot is None:
+            subtract_one_hot_(gradient, self.target, 1, t)
         else:
             label = self.target.unsqueeze(1)
-            minus = gradient.new_full((1, 1), -1).expand_as(label)
-            for factor in (t, self.hot):
-                minus = times(minus, factor)
+            minus = gradient.new_full((1, 1), -1).expand_as(label) * per_row(t, gradient)
+            if self.hot is not None:
+                minus = minus * self.hot.unsqueeze(1)
             gradient.scatter_add_(1, label, minus)
         if self.floor is not None:
-            gradient -= times(self.floor.expand_as(gradient), t)
+            gradient -= self.floor * per_row(t, gradient)
         return gradient
 
 
-def subtract_one_hot_(gradient: Tensor, label: Tensor, dim: int) -> Tensor:
-    """Take 1 off a gradient at the label of each row (N,), in place; `dim` is that of classes."""
-    return gradient.scatter_(dim, label.unsqueeze(dim), -1, reduce="add")
+def subtract_one_hot_(gradient: Tensor, label: Tensor, dim: int, by: float = 1) -> Tensor:
+    """Subtract a number at the label of each row (N,), in place; `dim` has the classes."""
+    return gradient.scatter_(dim, label.unsqueeze(dim), -by, reduce="add")
 
 
 def softmax(z: Tensor, dim: int) -> Tensor:
@@ -147,115 +166,194 @@ def jacobian_diagonal(softmax: Tensor) -> Tensor:
     return (1 - softmax).mul_(softmax)
 
 
-def top_of(z: Tensor) -> Tensor:
-    """The top of each row, (N, 1), a constant."""
-    return z.amax(1, keepdim=True).detach()
+def row_numbers(z: Tensor, y: Target) -> Numbers:
+    """The numbers of each row (N,): the definition, which autograd differentiates to any order.
 
-
-def row_numbers(z: Tensor, y: Target, top: Tensor | None = None) -> Numbers:
-    """The numbers of each row, log Σ_k e^{z_k − top} and Σ_k y_k (top − z_k).
-
-    This is the definition: autograd differentiates it to any order, and what else stands here, and
-    in the sweeps, is the same by hand.
+    What else stands here is the same by hand.
     """
-    top = top_of(z) if top is None else top
-    return Numbers((z - top).exp().sum(1).log(), y.below(top, z))
+    top = z.amax(1, keepdim=True).detach()
+    log_sum = (z - top).exp().sum(1).log()
+    below = (top - z).clamp(max=_FAR_BELOW)
+    mean_gap = (torch.softmax(z, 1) * below).sum(1)
+    lse = log_sum + top.squeeze(1)
+    gap = y.below(top, z)
+    return Numbers(log_sum, gap, mean_gap, lse.square(), top.squeeze(1), is_top(z, y, gap))
 
 
-class Row(NamedTuple):
-    """What the first pass over the logits of some rows finds out."""
-
-    softmax: Tensor  # (N, K)
-    top: Tensor  # (N, 1)
-    numbers: Numbers
-
-
-def softmax_and_numbers(z: Tensor, y: Target, across: Across | None) -> Row:
-    """S with the row's numbers, of which several places need two sums and a maximum of another."""
-    top = z.amax(1, keepdim=True)
-    if across is None:
-        S = softmax(z, 1)
-        # S at the top is 1 / Σ_k e^{z_k − top}: no exponential is taken again.
-        return Row(S, top, Numbers(-S.amax(1).log(), y.below(top, z)))
-    top = across.largest(top)
-    exponentials = (z - top).exp_()
-    total, gap = across.total(exponentials.sum(1), y.below(top, z))
-    return Row(exponentials.div_(total.unsqueeze(1)), top, Numbers(total.log(), gap))
-
-
-def softmax_alone(z: Tensor, y: Target, across: Across | None) -> tuple[Tensor, Tensor | None]:
-    """S, and the top (N, 1) where a derivative by probabilities may want it."""
-    if across is not None:
-        S, top, _ = softmax_and_numbers(z, y, across)
-        return S, top
-    return softmax(z, 1), z.amax(1, keepdim=True) if y.is_dense() else None
-
-
-def gradient_(softmax: Tensor, y: Target, factors: Factors) -> Tensor:
-    """∂T/∂z = s S − t y, into S; where s = t = 1 that is S − y."""
-    if factors.s is not None:
-        softmax *= factors.s.unsqueeze(1)
-    return y.subtract_from_(softmax, factors.t)
-
-
-def target_gradient(z: Tensor, top: Tensor, y: Target, t: Tensor | None) -> Tensor:
-    """∂T/∂p = t scale ∘ (top − z), (N, K), for probabilities p."""
-    by_y = top - z
-    by_p = by_y if y.scale is None else product(y.scale, by_y)
-    return by_p if t is None else product(t.unsqueeze(1), by_p)
-
-
-class Change(NamedTuple):
-    """A direction to differentiate T along; None for no change."""
-
-    u: Tensor  # (N, K)
-    dp: Tensor | None = None  # (N, K)
-    ds: Tensor | None = None  # (N,)
-    dt: Tensor | None = None  # (N,)
-
-
-class HessianProduct(NamedTuple):
-    """The derivatives, along a direction, of the gradient of T."""
-
-    by_z: Tensor  # (N, K)
-    by_p: Tensor | None  # (N, K), None for class indices
-    by_factors: Numbers  # (N,), which are the slopes of log_sum and gap
-
-
-class Point(NamedTuple):
-    """Where second derivatives are taken."""
-
-    z: Tensor  # (N, K)
-    softmax: Tensor  # (N, K)
-    top: Tensor | None  # (N, 1), for probabilities
-    y: Target
-    factors: Factors
-
-
-def hessian_product(point: Point, change: Change, across: Across | None) -> HessianProduct:
-    """Second order: how the gradient of T changes along a direction, in closed form."""
-    z, S, top, y, factors = point
-    u, dp = change.u, change.dp
-    # log_sum changes by S · u, and gap by −y · u + dy · (top − z)
-    mean, slope = (S * u).sum(1), y.below(0.0, u)
-    dy = None if dp is None else y.push_forward(dp.to(z.dtype))
-    if dy is not None and top is not None:
-        slope = slope + product(dy, top - z).sum(1)
-    if across is not None:
-        mean, slope = across.total(mean, slope)
-    # s S − t y changes by s S ∘ (u − S · u) + ds S − t dy − dt y
-    by_z = times(u - mean.unsqueeze(1), factors.s)
-    if change.ds is not None:
-        by_z += change.ds.unsqueeze(1)
-    by_z = S * by_z
-    if dy is not None:
-        by_z -= times(dy, factors.t)
-    if change.dt is not None:
-        by_z = y.subtract_from_(by_z, change.dt)
-    by_p = None
+def is_top(z: Tensor, y: Target, gap: Tensor) -> Tensor:
+    """1 for each row whose label is the first of its largest logits, else 0, (N,)."""
     if y.is_dense():
+        return torch.zeros_like(gap)
+    return ((z.argmax(1) == y.target) & ~gap.isnan()).to(z.dtype)
+
+
+class Row:
+    """The numbers of some rows of logits (n, K), each computed when it is first asked for."""
+
+    def __init__(self, z: Tensor, y: Target, across: Across | None = None) -> None:
+        self.z, self.y, self.across = z, y, across
+
+    @cached_property
+    def largest(self) -> Tensor:
+        """The largest logit, (n, 1)."""
+        top = self.z.amax(1, keepdim=True)
+        return top if self.across is None else self.across.largest(top)
+
+    @cached_property
+    def _summed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """S, log_sum and gap over all ranks, which exchange both sums in one message."""
+        assert self.across is not None
+        exponentials = (self.z - self.largest).exp_()
+        gap = self.y.below(self.largest, self.z)
+        total, gap = self.across.total(exponentials.sum(1), gap)
+        return exponentials.div_(total.unsqueeze(1)), total.log(), gap
+
+    @cached_property
+    def softmax(self) -> Tensor:
+        """S, (n, K)."""
+        return softmax(self.z, 1) if self.across is None else self._summed[0]
+
+    @cached_property
+    def log_sum(self) -> Tensor:
+        """Log Σ_k e^{z_k − top}, (n,)."""
+        # S at the top is 1 / Σ_k e^{z_k − top}: no exponential is taken again.
+        return -self.softmax.amax(1).log() if self.across is None else self._summed[1]
+
+    @cached_property
+    def gap(self) -> Tensor:
+        """Σ_k y_k (top − z_k), (n,)."""
+        return self.y.below(self.largest, self.z) if self.across is None else self._summed[2]
+
+    @cached_property
+    def below(self) -> Tensor:
+        """Top − z, (n, K), which is finite."""
+        return (self.largest - self.z).clamp_(max=_FAR_BELOW)
+
+    @cached_property
+    def mean_gap(self) -> Tensor:
+        """Σ_k S_k (top − z_k), (n,)."""
+        return (self.softmax * self.below).sum(1)
+
+    @cached_property
+    def top(self) -> Tensor:
+        """The largest logit, (n,)."""
+        return self.largest.squeeze(1)
+
+    @cached_property
+    def lse(self) -> Tensor:
+        """Log Σ_k e^{z_k}, (n,)."""
+        return self.log_sum + self.top
+
+    @cached_property
+    def square(self) -> Tensor:
+        """The square of lse, (n,)."""
+        return self.lse.square()
+
+    @cached_property
+    def is_top(self) -> Tensor:
+        """1 where the label is the likeliest class, (n,)."""
+        return is_top(self.z, self.y, self.gap)
+
+    def slopes(self, factors: Numbers) -> Factor:
+        """The part of q that a row has for all its classes, s + 2 r lse − h (mean_gap + 1)."""
+        q: Factor = factors.log_sum
+        if not is_zero(factors.square):
+            q = q + 2 * factors.square * self.lse
+        if not is_zero(factors.mean_gap):
+            q = q - factors.mean_gap * (self.mean_gap + 1)
+        return q
+
+    def gradient(self, factors: Numbers, *, out: Tensor | None = None) -> Tensor:
+        """∂T/∂z = S ∘ q − t y, (n, K); where s = t = 1 and h = r = 0 this is S − y.
+
+        It is written into `out`, which may be S itself.
+        """
+        q = per_row(self.slopes(factors), self.z)
+        if not is_zero(factors.mean_gap):
+            q = q + per_row(factors.mean_gap, self.z) * self.below
+        if isinstance(q, Tensor) or q != 1 or out is None:
+            gradient = torch.mul(self.softmax, q, out=out)
+        else:
+            gradient = self.softmax if out is self.softmax else out.copy_(self.softmax)
+        return self.y.subtract_from_(gradient, factors.gap)
+
+    def target_gradient(self, t: Factor) -> Tensor:
+        """∂T/∂p = t scale ∘ (top − z), (n, K), for probabilities p."""
+        by_y = self.largest - self.z
+        by_p = by_y if self.y.scale is None else product(self.y.scale, by_y)
+        return by_p if not isinstance(t, Tensor) and t == 1 else product(_column(t, by_p), by_p)
+
+
+def _column(factor: Factor, like: Tensor) -> Tensor:
+    return torch.as_tensor(per_row(factor, like), dtype=like.dtype, device=like.device)
+
+
+class Along(NamedTuple):
+    """A direction to differentiate ∂T along, or how the gradients of T change along it."""
+
+    z: Tensor  # (n, M, K)
+    p: Tensor | None = None  # (n, K), where M = 1; None for no change, as of class indices
+    numbers: Numbers = Numbers()  # of the factors, (n,), where M = 1; or of the numbers, (n, M)
+
+
+def second_order(row: Row, factors: Numbers, along: Along, asked: tuple[str, ...]) -> Along:
+    """How the gradient of T, and those of its numbers that are asked for, change."""
+    u, dp, moved = along
+    y = row.y
+    dy = None if dp is None else y.scaled(dp.to(u.dtype))
+    S, below = row.softmax.unsqueeze(1), 0.0
+    has_mean_gap = not (is_zero(factors.mean_gap) and is_zero(moved.mean_gap))
+    if has_mean_gap or "mean_gap" in asked:
+        below = (row.below - (row.mean_gap + 1).unsqueeze(1)).unsqueeze(1)
+    mean = (S * u).sum(2)
+    slope = torch.zeros_like(mean)
+    if "gap" in asked or row.across is not None:
+        slope = y.below(0.0, u)
+        if dy is not None:
+            slope = slope + product(dy, row.largest - row.z).sum(1, keepdim=True)
+    if row.across is not None:
+        mean, slope = row.across.total(mean, slope)
+    of_mean_gap = (S * below * u).sum(2) if isinstance(below, Tensor) else 0.0
+    by_z = _change_of_gradient(row, factors, along, (mean, of_mean_gap), below)
+    if dy is not None:
+        by_z -= (dy * per_row(factors.gap, dy)).unsqueeze(1)
+    if not is_zero(moved.gap):
+        y.subtract_from_(by_z.squeeze(1), moved.gap)
+    by_p = None
+    if y.is_dense() and u.shape[1] == 1:
         # t scale ∘ (top − z) changes by scale ∘ (dt (top − z) − t u)
-        by_p = times(y.push_forward(-u), factors.t)
-        if change.dt is not None and top is not None:
-            by_p += target_gradient(z, top, y, change.dt)
-    return HessianProduct(by_z, by_p, Numbers(mean, slope))
+        by_p = y.scaled(-u.squeeze(1)) * per_row(factors.gap, row.z)
+        if not is_zero(moved.gap):
+            by_p = by_p + row.target_gradient(moved.gap)
+    square = 2 * row.lse.unsqueeze(1) * mean if "square" in asked else 0.0
+    nothing = torch.zeros_like(mean)
+    return Along(by_z, by_p, Numbers(mean, slope, of_mean_gap, square, nothing, nothing))
+
+
+def _change_of_gradient(
+    row: Row,
+    factors: Numbers,
+    along: Along,
+    slopes: tuple[Tensor, Factor],
+    below: Factor,
+) -> Tensor:
+    """The change of S ∘ q, S ∘ ((u − S·u) ∘ q + δq)."""
+    u, _, moved = along
+    mean, of_mean_gap = slopes
+    h = per_row(factors.mean_gap, u)
+    q = per_row(row.slopes(factors._replace(mean_gap=0.0)), u)
+    if not is_zero(factors.mean_gap):
+        q = q + h * below
+    by_z = (u - mean.unsqueeze(2)).mul_(q)
+    if not is_zero(moved.log_sum):
+        by_z += per_row(moved.log_sum, u)
+    if not is_zero(factors.square):
+        by_z += 2 * per_row(factors.square, u) * mean.unsqueeze(2)
+    if not is_zero(moved.square):
+        by_z += 2 * per_row(moved.square * row.lse, u)
+    if not is_zero(factors.mean_gap):
+        assert isinstance(of_mean_gap, Tensor)
+        by_z -= h * (u + of_mean_gap.unsqueeze(2))
+    if not is_zero(moved.mean_gap):
+        by_z += per_row(moved.mean_gap, u) * below
+    return by_z.mul_(row.softmax.unsqueeze(1))

@@ -1,7 +1,8 @@
-"""The sweeps as operators of torch, for a compiler: it calls them, and never looks into a loop.
+"""How a row function is applied: eagerly by its plan, and in compiled code as an operator of torch.
 
-So one compiled graph serves every number of rows. The operators differentiate one another: the
-numbers' gradient is the gradient's operator, whose gradient is the Hessian's, whose raises.
+A compiler calls an operator and never looks into a loop, so that one graph serves every number of
+rows. The operators differentiate one another: the gradient of the values is the operator of the
+gradients, whose gradient is the operator of second order, whose gradient raises.
 """
 
 from typing import Any
@@ -9,125 +10,237 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.checkpoint import checkpoint
 
-from ._autograd import Mask, Tensors, merge, select
-from ._chunked import sum_of_products
+from .._transforms import is_plain, is_transformed
+from ._autograd import Mask, Tensors, may_take_gradients, merge, select, split
+from ._chunked import Plan, chunked, cut, slices, sum_of_products, taken_along
 from ._dtypes import accumulation_dtype
-from ._formulas import Factors, Numbers
-from ._plan import (
-    BOTH,
-    NEITHER,
-    NO_INPUTS,
-    CrossEntropySweep,
+from ._sweeps import (
     GradientSweep,
-    HessianSweep,
-    NumbersSweep,
+    How,
+    Operands,
+    RowFunction,
+    SecondSweep,
+    ValuesSweep,
+    Work,
+    first_order,
+    plan_of,
+    total_of,
 )
-from ._sweeps import How, Inputs, numbers_and_gradients
+from ._targets import Counted
 
-_KINDS: dict[str, type[CrossEntropySweep]] = {
-    kind.__name__: kind for kind in (NumbersSweep, GradientSweep, HessianSweep)
-}
-# A list that holds None is not differentiated, so that those present are named by a mask.
-_SCHEMA = (
-    "(Tensor[] tensors, bool[] present, str kind, bool[] masks, int step, ScalarType dtype, "
-    "ScalarType logits_dtype) -> Tensor[]"
-)
+_FUNCTIONS: dict[str, type[RowFunction]] = {}  # that an operator can name
+_SWEEPS = {sweep.__name__: sweep for sweep in (ValuesSweep, GradientSweep, SecondSweep)}
 
 
-def _described(sweep: Any, tensors: Tensors) -> tuple[Any, ...]:
-    """A sweep and the tensors it is for, in what an operator takes."""
-    present = [tensor is not None for tensor in tensors]
-    masks = [*sweep.given, *sweep.moved, *sweep.asked]
-    how = sweep.how
-    given = list(select(tensors, tuple(present)))
-    return given, present, type(sweep).__name__, masks, how.step, how.dtype, how.logits_dtype
+def named_in_operators(function: type[RowFunction]) -> type[RowFunction]:
+    """Let operators name a row function: its words and numbers tell it, as `RowFunction.told`."""
+    _FUNCTIONS[function.__name__] = function
+    return function
 
 
-def _read(tensors: Any, *description: Any) -> tuple[Any, Tensors]:
-    """The sweep that was described so, and all its tensors."""
-    present, kind, masks, *how = description
-    values = iter(masks)
-    like: tuple[Mask, ...] = (NEITHER, (*NO_INPUTS, *NEITHER), (*NO_INPUTS, *NEITHER))
-    read = (tuple(next(values) for _ in mask) for mask in like)
-    return _KINDS[kind](How(*how), *read), merge([None] * len(present), present, tensors)
+def results_of(
+    function: RowFunction, how: How, operands: Operands, counted: Counted
+) -> tuple[Tensor, ...]:
+    """The results of all rows, to be differentiated to any order; 0 where a row is left out."""
+    plan, tensors = plan_of(function, how), _read_rows(function, operands, counted)
+    if not torch.compiler.is_compiling():
+        return chunked(plan.for_rows(counted.index), *tensors)
+    first, *_ = operands.layers
+    # A compiler fuses the passes over given logits by itself. It takes what is differentiated in a
+    # Function or an operator for the end of differentiation, but not plain operations.
+    if first.W is None or is_transformed():
+        return plan.fn(*tensors)
+    if type(function).__name__ in _FUNCTIONS:
+        return run_sweep(ValuesSweep(function, how), operands.flat(), counted.mask)
+    return _in_a_graph(plan, tensors)
 
 
-def _empty_results(sweep: CrossEntropySweep, tensors: Tensors) -> list[Tensor]:
-    """Tensors of the shapes and dtypes of a sweep's results."""
-    inputs, _, _, _ = sweep.point(tensors)
-    x, W, p, dtype = inputs.x, inputs.W, inputs.p, sweep.how.dtype
-    sums, of_rows = accumulation_dtype(x.dtype), x.new_empty(x.shape[:1], dtype=dtype)
-    results = Inputs(
-        x=torch.empty_like(x, memory_format=torch.contiguous_format),
-        W=x.new_empty(W.shape, dtype=sums),
-        b=x.new_empty(W.shape[:1], dtype=sums),
-        p=x.new_empty(p.shape, dtype=dtype),
+def sum_of(
+    function: RowFunction, how: How, operands: Operands, factors: Tensors, counted: Counted
+) -> Tensor:
+    """Σ_n Σ_i f_ni r_ni, with its gradients taken along where they will be asked for.
+
+    There is a factor (N,) for each result; None stands for 1.
+    """
+    needed = any(t is not None and t.requires_grad for t in operands.flat())
+    if needed and torch.is_grad_enabled() and all(map(is_plain, (*operands.flat(), *factors))):
+        if not torch.compiler.is_compiling() and may_take_gradients():
+            tensors = _read_rows(function, operands, counted)
+            (total,) = taken_along(total_of(function, how, counted.index), *tensors, *factors)
+            return total
+        is_named = type(function).__name__ in _FUNCTIONS
+        if torch.compiler.is_compiling() and is_named and not is_transformed():
+            return run_total(function, how, operands, factors, counted.mask)
+    results = results_of(function, how, operands, counted)
+    return sum_of_products(results, factors, counted.index)
+
+
+def _read_rows(function: RowFunction, operands: Operands, counted: Counted) -> Tensors:
+    """The operands, of which rows that a mask leaves out become 0, even if they hold nan."""
+    return tuple(
+        counted.read(t) if has_rows and t is not None and t.is_floating_point() else t
+        for t, has_rows in zip(operands.flat(), function.has_rows, strict=True)
     )
-    return list(select((*results, of_rows, torch.empty_like(of_rows)), sweep.asked))
+
+
+def _in_a_graph(plan: Plan, tensors: Tensors) -> tuple[Tensor, ...]:
+    """The results in plain operations, which a compiler differentiates, for each chunk anew."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    pieces = []
+    for rows in slices(first.shape[0], plan.step):
+        pairs = zip(tensors, plan.rows_in, strict=True)
+        part = (cut(t, rows) if has_rows and t is not None else t for t, has_rows in pairs)
+        pieces.append(checkpoint(plan.fn, *part, use_reentrant=False))
+    return tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+
+# The sweeps as operators. A list that holds None is not differentiated, so that a mask names the
+# tensors that are there.
+_SCHEMA = (
+    "(Tensor[] tensors, Tensor? counted, bool[] present, str sweep, bool[] masks, str function, "
+    "str[] words, float[] numbers, int step, ScalarType dtype, ScalarType logits_dtype) -> Tensor[]"
+)
+
+
+def _described(sweep: ValuesSweep, tensors: Tensors, counted: Tensor | None) -> tuple[Any, ...]:
+    """A sweep and its tensors, in what an operator takes."""
+    present = [tensor is not None for tensor in tensors]
+    how, function = sweep.how, sweep.function
+    return (
+        [tensor for tensor in tensors if tensor is not None],
+        counted,
+        present,
+        type(sweep).__name__,
+        sweep.told(),
+        type(function).__name__,
+        *function.told(),
+        how.step,
+        how.dtype,
+        how.logits_dtype,
+    )
+
+
+def _read(
+    tensors: Any,
+    counted: Any,
+    present: list[bool],
+    sweep: str,
+    masks: list[bool],
+    function: str,
+    words: list[str],
+    numbers: list[float],
+    *how: Any,
+) -> tuple[Any, Tensors]:
+    """The sweep that was described, and all its tensors."""
+    told = _FUNCTIONS[function].from_told(words, numbers)
+    every = merge([None] * len(present), tuple(present), tensors)
+    return _SWEEPS[sweep].from_told(told, How(*how), masks), every
+
+
+def _index(counted: Tensor | None) -> Tensor | None:
+    return None if counted is None else Counted.of(counted).index
+
+
+def _like_operands(sweep: Any, tensors: Tensors, mask: Mask) -> list[Tensor]:
+    """Tensors of the shapes and dtypes of gradients by operands, or of results."""
+    operands, of_results = split(mask, sweep.operands)
+    at, _ = split(tensors, sweep.operands)
+    gradients = [
+        torch.empty_like(
+            t,
+            dtype=t.dtype if has_rows else accumulation_dtype(t.dtype),
+            memory_format=torch.contiguous_format,
+        )
+        for t, has_rows in select(zip(at, sweep.function.has_rows, strict=True), operands)
+    ]
+    first = next(tensor for tensor in at if tensor is not None)
+    row = first.new_empty(first.shape[:1], dtype=sweep.how.dtype)
+    return [*gradients, *(torch.empty_like(row) for wanted in of_results if wanted)]
 
 
 @custom_op("torch_softmax::sweep", mutates_args=(), schema=_SCHEMA)
 def _run(*description: Any) -> list[Tensor]:
     """The results of a sweep."""
     sweep, tensors = _read(*description)
-    return list(sweep.run(*tensors))
+    _, counted, *_ = description
+    return list(sweep.run(tensors, _index(counted)))
 
 
 @_run.register_fake
 def _(*description: Any) -> list[Tensor]:
-    return _empty_results(*_read(*description))
+    sweep, tensors = _read(*description)
+    return _like_operands(sweep, tensors, sweep.outputs)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    tensors, *ctx.description = inputs
-    ctx.save_for_backward(*tensors)
+    tensors, counted, *ctx.description = inputs
+    ctx.save_for_backward(*tensors, counted)
+
+
+def _saved(ctx: Any) -> tuple[Any, Tensors, Tensor | None]:
+    """The sweep, all its tensors and which rows count, as they were saved."""
+    *tensors, counted = ctx.saved_tensors
+    return *_read(tensors, counted, *ctx.description), counted
+
+
+def _needed(ctx: Any) -> Mask:
+    """Which of all tensors need a gradient."""
+    of_present, *_ = ctx.needs_input_grad
+    present, *_ = ctx.description
+    return merge((False,) * len(present), tuple(present), of_present)
+
+
+def _gradients(ctx: Any, gradients: Tensors) -> Any:
+    """Gradients of all tensors, in what an operator's backward returns."""
+    present, *_ = ctx.description
+    return list(select(gradients, tuple(present))), None, *(None for _ in ctx.description)
 
 
 def _pull(ctx: Any, cotangents: list[Tensor]) -> Any:
     """Apply the operator of the derivative."""
-    of_present, *_ = ctx.needs_input_grad
-    sweep, tensors = _read(ctx.saved_tensors, *ctx.description)
-    present, *_ = ctx.description
-    wanted = merge([False] * len(present), present, of_present)
-    derivative = sweep.vjp(wanted, (True,) * len(cotangents))
+    (sweep, tensors, counted), needed = _saved(ctx), _needed(ctx)
+    derivative = sweep.vjp(needed)
     if derivative is None:
         raise NotImplementedError(
             "compiled code has the derivatives of a linear layer's loss to second order, got a "
             "third one: differentiate outside of torch.compile, or by torch.func inside of it"
         )
-    results = iter(run_sweep(derivative, *tensors, *cotangents))
-    gradients = [next(results) if w else None for w in of_present]
-    return gradients, *(None for _ in ctx.description)
+    results = run_sweep(derivative, (*tensors, *cotangents), counted)
+    return _gradients(ctx, merge((None,) * len(needed), needed, results))
 
 
 _run.register_autograd(_pull, setup_context=_save)
 
 
-def run_sweep(sweep: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def run_sweep(sweep: ValuesSweep, tensors: Tensors, counted: Tensor | None) -> tuple[Tensor, ...]:
     """The results of a sweep, by its operator."""
-    return tuple(_run(*_described(sweep, tensors)))
+    return tuple(_run(*_described(sweep, tensors, counted)))
 
 
-# T with its gradients, which are taken along while the logits are at hand.
+# A sum with its gradients, which are taken along while the logits are at hand.
 
 
 @custom_op("torch_softmax::total", mutates_args=(), schema=_SCHEMA)
 def _total(*description: Any) -> list[Tensor]:
-    """T, and its gradient by the inputs that the sweep's `asked` names."""
+    """The sum, and its gradient by the operands that the sweep wants."""
     sweep, tensors = _read(*description)
-    inputs, factors, _, _ = sweep.point(tensors)
-    wanted = Inputs(*sweep.of_inputs)
-    numbers, gradients = numbers_and_gradients(inputs, factors, wanted, sweep.how)
-    assert numbers is not None
-    return [sum_of_products(numbers, factors), *select(gradients, wanted)]
+    _, counted, *_ = description
+    function, index = sweep.function, _index(counted)
+    at, factors = split(tensors, sweep.operands)
+    work = Work(function, sweep.how, function.operands(at), index)
+    one = tuple(1.0 if factor is None else factor for factor in factors)
+    values, gradients = first_order(work, one, function.operands(sweep.wanted))
+    return [sum_of_products(values, factors, index), *select(gradients.flat(), sweep.wanted)]
 
 
 @_total.register_fake
 def _(*description: Any) -> list[Tensor]:
     sweep, tensors = _read(*description)
-    inputs, _, _, _ = sweep.point(tensors)
-    return [inputs.x.new_empty((), dtype=sweep.how.dtype), *_empty_results(sweep, tensors)]
+    first = next(tensor for tensor in tensors if tensor is not None)
+    total = first.new_empty((), dtype=sweep.how.dtype)
+    return [total, *_like_operands(sweep, tensors, sweep.outputs)]
 
 
 def _save_total(ctx: Any, inputs: Any, output: Any) -> None:
@@ -136,41 +249,37 @@ def _save_total(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _pull_total(ctx: Any, cotangents: list[Tensor]) -> Any:
-    """Scale the gradients, or where they are to be differentiated, their operator's."""
+    """Scale the gradients; or those of the operator, where they are to be differentiated."""
     upstream, *_ = cotangents
-    sweep, tensors = _read(ctx.saved_tensors, *ctx.description)
-    of_present, *_ = ctx.needs_input_grad
-    present, *_ = ctx.description
-    wanted = merge([False] * len(present), present, of_present)
-    *of_inputs, of_s, of_t = wanted
-    taken = ctx.taken
+    (sweep, tensors, counted), needed = _saved(ctx), _needed(ctx)
+    at, factors = split(tensors, sweep.operands)
+    of_operands, of_factors = split(needed, sweep.operands)
+    taken, wanted = ctx.taken, sweep.wanted
     # Whoever differentiates an exported graph may ask for more than was asked when it was traced.
-    if torch.is_grad_enabled() or any(
-        w and not a for w, a in zip(wanted, sweep.asked, strict=True)
-    ):
-        sweep = GradientSweep(sweep.how, sweep.given, asked=(*of_inputs, *NEITHER))
-        taken = run_sweep(sweep, *tensors)
-    by = merge([None] * len(sweep.of_inputs), sweep.of_inputs, taken)
-    numbers: Any = Factors()
-    if of_s or of_t:
-        inputs, _, _, _ = sweep.point(tensors)
-        numbers = run_sweep(NumbersSweep(sweep.how), *inputs)
-    gradients = zip((*by, *numbers), wanted, strict=True)
-    all_of_them = [gradient * upstream if w else None for gradient, w in gradients]
-    return list(select(all_of_them, present)), *(None for _ in ctx.description)
+    more = any(n and not w for n, w in zip(of_operands, wanted, strict=True))
+    if torch.is_grad_enabled() or more:
+        first = next(tensor for tensor in at if tensor is not None)
+        one = first.new_ones(first.shape[:1], dtype=sweep.how.dtype)
+        given = tuple(one if factor is None else factor for factor in factors)
+        wanted = of_operands
+        taken = run_sweep(GradientSweep(sweep.function, sweep.how, wanted), (*at, *given), counted)
+    gradients = merge((None,) * len(at), wanted, taken)
+    values: Tensors = (None,) * len(factors)
+    if any(of_factors):
+        values = run_sweep(ValuesSweep(sweep.function, sweep.how), at, counted)
+    pairs = zip((*gradients, *values), needed, strict=True)
+    return _gradients(ctx, tuple(g * upstream if w else None for g, w in pairs))
 
 
 _total.register_autograd(_pull_total, setup_context=_save_total)
 
 
-def run_total(inputs: Inputs, factors: Factors, wanted: Inputs, how: How) -> Tensor:
-    """T, with the gradients that are wanted taken along, by its operator."""
-    sweep = GradientSweep(how, BOTH, asked=(*wanted, *NEITHER))
+def run_total(
+    function: RowFunction, how: How, operands: Operands, factors: Tensors, counted: Tensor | None
+) -> Tensor:
+    """The sum, with the gradients that are needed taken along, by its operator."""
+    wanted = tuple(t is not None and t.requires_grad for t in operands.flat())
+    sweep = GradientSweep(function, how, wanted)
     total: Tensor
-    total, *_ = _total(*_described(sweep, (*inputs, *factors)))
+    total, *_ = _total(*_described(sweep, (*operands.flat(), *factors), counted))
     return total
-
-
-def run_numbers(inputs: Inputs, how: How) -> Numbers:
-    """The numbers of each row, by their operator."""
-    return Numbers(*run_sweep(NumbersSweep(how), *inputs))

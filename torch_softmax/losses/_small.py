@@ -17,11 +17,11 @@ from torch import Tensor
 from .. import _checks as checks
 from .._transforms import is_differentiated
 from . import _formulas as formulas
-from ._autograd import Mask, Sum, Tensors, may_take_gradients, taken_along
-from ._chunked import Total
+from ._autograd import Mask, Tensors, may_take_gradients
+from ._chunked import Sum, Total, taken_along
 from ._dtypes import is_autocast
-from ._plan import plan_of
-from ._sweeps import FEW_CLASSES, How, Inputs, cached_rows
+from ._numbers import RowNumbers
+from ._sweeps import FEW_CLASSES, How, cached_rows, plan_of
 from ._targets import Options
 
 _DTYPES = (torch.float32, torch.float64)
@@ -140,9 +140,9 @@ def _total(count: int, dtype: torch.dtype, reduction: str, predict: bool) -> Tot
         x, *_ = batch
         assert x is not None
         factor = _factors(x, scale)
-        return (*Inputs(*batch), factor, factor)
+        return (*batch, None, None, None, factor, factor)
 
-    return Total(plan_of(How(count, dtype, dtype)), run, complete)
+    return Total(plan_of(RowNumbers(), How(count, dtype, dtype)), run, complete)
 
 
 def _factors(x: Tensor, scale: float) -> Tensor | None:

@@ -1,20 +1,40 @@
-"""Cross-entropy a chunk of rows at a time, by hand and with buffers that the chunks share.
+"""One loop over chunks of rows for any function of their logits, and its twin of second order.
 
-The derivatives that are hot have a sweep each, in closed form: the numbers of each row, the
-gradient of T, and the Hessian of T along a direction.
+A row function takes a row's logits z = x Wᵀ + b, of one layer or several, and what belongs to the
+row to numbers. With a cotangent for each of them and g = ∂/∂z of the function alone,
+
+    ∂/∂x = g W,  ∂/∂W = gᵀ x,  ∂/∂b = Σ_n g,
+
+and along a direction, in which the logits move by u = ux Wᵀ + x uWᵀ + ub and g by h,
+
+    ∂/∂x changes by h W + g uW,  ∂/∂W by hᵀ x + gᵀ ux,  ∂/∂b by Σ_n h.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from . import _formulas as formulas
-from ._chunked import cut, slices
+from ._autograd import Mask, Tensors, merge, pulled_back, select, split
+from ._chunked import (
+    Plan,
+    Rows,
+    Sum,
+    Total,
+    chunks_of_rows,
+    cut,
+    empty_rows,
+    slices,
+    sum_of_products,
+    write,
+)
 from ._dtypes import accumulation_dtype, cast
-from ._formulas import Across, Change, Factors, Numbers, Point, Target
+from ._formulas import Across
 from ._products import (
     add_multiplied_,
     add_pulled_to_classes_,
@@ -34,295 +54,774 @@ _LAUNCHED_LOGITS = 2**26
 FEW_CLASSES = 32
 
 
-class Inputs(NamedTuple):
-    """What the numbers of a row are made from; and as well one thing for each of these."""
+class Layer(NamedTuple):
+    """A linear layer with what it is applied to, or one thing for each of these."""
 
     x: Any  # (N, D); or without a W, the logits (N, K) themselves
     W: Any = None  # (K, D)
     b: Any = None  # (K,)
-    p: Any = None  # (N,) class indices, or (N, K) probabilities
-    hot: Any = None  # (N,), and the next two (K,), as in Target
-    scale: Any = None
-    floor: Any = None
-    keep: Any = None  # (N,) bool, False where a row is left out; None where none is
-
-    @property
-    def y(self) -> Target:
-        """The target distribution."""
-        return Target(self.p, self.hot, self.scale, self.floor)
-
-    def rows(self, rows: slice) -> "Inputs":
-        """The inputs of some rows, with zeros for the x of those left out, whatever they hold."""
-        if rows.start == 0 and rows.stop >= self.x.shape[0]:
-            here = self
-        else:
-            pairs = zip(self, OF_ROWS, strict=True)
-            here = Inputs(*(v[rows] if r and v is not None else v for v, r in pairs))
-        return here if here.keep is None else here._replace(x=kept(here))
 
 
-# Which of the inputs have a row for each row.
-OF_ROWS = Inputs(True, False, False, True, True, False, False, True)
+class Operands(NamedTuple):
+    """What a row function is applied to, or one thing for each of these."""
 
+    layers: tuple[Layer, ...]
+    others: tuple[Any, ...]
 
-def kept(inputs: Inputs) -> Tensor:
-    """The x of rows, with zeros for those left out."""
-    x: Tensor = inputs.x
-    return x if inputs.keep is None else x.masked_fill(~inputs.keep.unsqueeze(1), 0)
+    def flat(self) -> tuple[Any, ...]:
+        """All in one tuple, as a plan takes them."""
+        return (*(t for layer in self.layers for t in layer), *self.others)
 
 
 @dataclass(frozen=True)
 class How:
-    """How the logits are worked out.
+    """How the logits are computed.
 
     Args:
-        step: The rows of a chunk.
-        dtype: That of S and of the numbers of a row.
-        logits_dtype: That of the logits, as they come out of the layer's products.
-        across: How several places combine their numbers; None where the classes are all here.
+        step: The number of rows of a chunk.
+        dtype: The dtype of S and of the numbers of a row.
+        logits_dtype: The dtype of the logits, as they come out of the layer's products.
     """
 
     step: int
     dtype: torch.dtype
     logits_dtype: torch.dtype
-    across: Across | None = None
+
+
+class Parts(NamedTuple):
+    """Tensors of some rows: one for each layer's logits, each other tensor and each result.
+
+    A row function is given logits and others with the cotangents of its results; a direction has a
+    change of each of these. It returns gradients, or their changes, and its results. A mask of this
+    form says which of them are needed, and None is one that is not.
+    """
+
+    logits: tuple[Any, ...]  # (n, K); changes along M directions are (n, M, K)
+    others: tuple[Any, ...]  # (n, ...) of those with rows
+    results: tuple[Any, ...] = ()  # (n, ...), changes (n, M); a cotangent may be a number for all
+
+
+@dataclass(frozen=True)
+class RowFunction:
+    """A function of the logits of some rows, with what is known of its derivatives by hand.
+
+    A call is the definition, in operations that autograd differentiates to any order; `first` and
+    `second` are faster, and equal to it.
+    """
+
+    @property
+    def layers(self) -> int:
+        """The number of layers whose logits it takes."""
+        return 1
+
+    @property
+    def rows_in(self) -> Mask:
+        """Which of the tensors beside the logits have rows."""
+        raise NotImplementedError
+
+    @property
+    def has_rows(self) -> Mask:
+        """Which of its operands have rows."""
+        return (*(*Layer(True, False, False),) * self.layers, *self.rows_in)
+
+    @property
+    def results(self) -> int:
+        """The number of its results, each of which has rows."""
+        raise NotImplementedError
+
+    @property
+    def ranks(self) -> Across | None:
+        """How its sums over classes are combined where these are sharded, or None."""
+        return None
+
+    @property
+    def has_second(self) -> bool:
+        """Whether there is a `second`, with its `point` and `gradient`."""
+        return False
+
+    def __call__(self, logits: tuple[Tensor, ...], others: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The results (n, ...) for logits (n, K)."""
+        raise NotImplementedError
+
+    def first(self, at: Parts, needed: Parts) -> Parts:
+        """The gradients and the results that are needed, here by autograd.
+
+        The logits of a layer may be written to.
+        """
+        mask = (*needed.logits, *needed.others)
+        tensors = (*at.logits, *at.others)
+        if not any(mask):
+            return Parts((), (None,) * len(at.others), self(at.logits, at.others))
+
+        def fn(*moving: Tensor) -> tuple[Tensor, ...]:
+            return self(*split(merge(tensors, mask, moving), self.layers))
+
+        values, pull = pulled_back(fn, *select(tensors, mask))
+        pairs = zip(values, at.results, strict=True)
+        cotangents = (
+            cast(c, v.dtype) if isinstance(c, Tensor) else torch.full_like(v, c) for v, c in pairs
+        )
+        gradients = merge((None,) * len(mask), mask, pull(tuple(cotangents)))
+        return Parts(*split(gradients, self.layers), values)
+
+    def point(self, at: Parts) -> Any:
+        """What `second` and `gradient` have to know of some rows, along whatever direction."""
+        raise NotImplementedError
+
+    def second(self, point: Any, at: Parts, along: Parts, needed: Mask) -> Parts:
+        """How the gradients change along directions, and the results that are needed."""
+        raise NotImplementedError
+
+    def gradient(self, point: Any, at: Parts) -> tuple[Tensor, ...]:
+        """The gradient by each layer's logits, (n, K)."""
+        raise NotImplementedError
+
+    def told(self) -> tuple[list[str], list[float]]:
+        """The words and numbers that tell the function, for an operator."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_told(cls, words: list[str], numbers: list[float]) -> "RowFunction":
+        """The function that is told by words and numbers."""
+        raise NotImplementedError
+
+    def operands(self, values: Any) -> Operands:
+        """The operands that a flat tuple holds."""
+        each = len(Layer._fields)
+        of_layers, others = split(values, self.layers * each)
+        starts = range(0, self.layers * each, each)
+        return Operands(tuple(Layer(*of_layers[i : i + each]) for i in starts), others)
+
+
+def logits_of(layer: Layer, how: How) -> Tensor:
+    """The logits of all rows of a layer, to be differentiated."""
+    x, W, b = layer
+    if W is not None:
+        dtype = how.logits_dtype
+        x = linear(cast(x, dtype), cast(W, dtype), None if b is None else cast(b, dtype))
+    return cast(x, how.dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def plan_of(function: RowFunction, how: How) -> Plan:
+    """The plan of a row function: the definition of its results and of all their derivatives."""
+
+    def fn(*tensors: Any) -> tuple[Tensor, ...]:
+        if function.ranks is not None:
+            raise NotImplementedError(
+                "a third derivative, which torch.autograd.functional.hvp takes and vhp does not, "
+                "needs all classes in one process, got a linear_weight that is sharded"
+            )
+        layers, others = function.operands(tensors)
+        return function(tuple(logits_of(layer, how) for layer in layers), others)
+
+    sweep = ValuesSweep(function, how)
+    return Plan(fn, function.has_rows, (True,) * function.results, how.step, sweep)
+
+
+def total_of(function: RowFunction, how: How, index: Tensor | None) -> Total:
+    """The sum of all results, each times its factor, with gradients."""
+    plan = plan_of(function, how).for_rows(index)
+
+    def run(tensors: Tensors, wanted: Mask) -> Sum:
+        at, factors = split(tensors, len(plan.rows_in))
+        needed, by_factors = split(wanted, len(plan.rows_in))
+        work = Work(function, how, function.operands(at), index)
+        one = tuple(1.0 if factor is None else factor for factor in factors)
+        values, gradients = first_order(work, one, function.operands(needed))
+        pairs = zip(values, by_factors, strict=True)
+        return Sum(
+            sum_of_products(values, factors, index),
+            (*gradients.flat(), *(value if wanted else None for value, wanted in pairs)),
+        )
+
+    return Total(plan, run, complete=lambda tensors: tensors)
 
 
 def cached_rows(classes: int) -> int:
-    """The rows of logits that the caches of all cores hold, as many for each."""
+    """The number of rows whose logits the caches of all cores hold, as many for each."""
     # A compiler, which fuses the passes itself, can't go on from the number of cores.
     cores = 1 if torch.compiler.is_compiling() else min(torch.get_num_threads(), _MOST_CORES)
     return cores * max(1, _CACHED_LOGITS // max(1, classes))
 
 
 def logits_step(z: Tensor) -> int:
-    """The rows of given logits (N, K) to work out at a time."""
+    """The number of rows of given logits (N, K) to work on at a time."""
     classes = z.shape[1]
     on_cpu = z.device.type == "cpu"
     return cached_rows(classes) if on_cpu else max(1, _LAUNCHED_LOGITS // max(1, classes))
 
 
-# The loops.
-
-
 class Logits:
-    """The logits of a chunk, in a buffer that all chunks share, and those on their way through.
+    """The logits of a chunk, in a buffer that all chunks share, and the blocks to go over them.
 
     Fresh memory costs a CPU more than the arithmetic done in it.
     """
 
-    def __init__(self, inputs: Inputs, how: How) -> None:
-        self.how = how
-        x, W = inputs.x, inputs.W
-        if W is not None and W.shape[0] > FEW_CLASSES:
-            rows = min(how.step, x.shape[0])
-            self.buffer: Tensor = x.new_empty(rows, W.shape[0], dtype=how.logits_dtype)
+    def __init__(self, rows: int, like: Tensor, classes: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.buffer = like.new_empty(rows if classes > FEW_CLASSES else 0, classes, dtype=dtype)
 
-    def of(self, x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
-        """The logits x Wᵀ + b (n, K), in the buffer where they are large; or x without a W."""
-        if W is None:
-            return x
-        if W.shape[0] <= FEW_CLASSES:
-            W, x = cast(W, self.how.logits_dtype), cast(x, self.how.logits_dtype)
-            b = None if b is None else cast(b, self.how.logits_dtype)
+    def of(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """The logits x Wᵀ + b, (n, K), which lie in the buffer where there are many classes."""
+        if len(W) <= FEW_CLASSES:
+            W, x = cast(W, self.dtype), cast(x, self.dtype)
+            b = None if b is None else cast(b, self.dtype)
             return (W @ x.t() if b is None else torch.addmm(b.unsqueeze(1), W, x.t())).t()
-        return multiply(x, W, b, self.buffer[: x.shape[0], : W.shape[0]])
-
-    def softmax_of(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """S (n, K) of the same logits, whose place it takes where the dtypes are the same."""
-        z = self.of(x, W, b)
-        S = z if z.dtype == self.how.dtype else torch.empty_like(z, dtype=self.how.dtype)
-        for block in self.blocks(z):
-            S = put(S, block, formulas.softmax(cast(cut(z, block), self.how.dtype), 1))
-        return S
-
-    def blocks(self, z: Tensor) -> Iterator[slice]:
-        """The rows of a chunk to go over at a time, so that a CPU finds them in its cache."""
-        # Several places wait for one another at every block: one is enough.
-        if z.device.type != "cpu" or self.how.across is not None:
-            return slices(z.shape[0], z.shape[0] or 1)
-        return slices(z.shape[0], cached_rows(z.shape[1]))
+        return multiply(x, W, b, self.buffer[: len(x), : len(W)])
 
 
-def sums_of(inputs: Inputs, wanted: Inputs, dtype: torch.dtype) -> Inputs:
-    """Where the wanted derivatives go: rows to be written, and sums that start at 0."""
-    x, W = inputs.x, inputs.W
-    sums = accumulation_dtype(x.dtype)
-    return Inputs(
-        x=torch.empty_like(x, memory_format=torch.contiguous_format) if wanted.x else None,
-        W=x.new_zeros(W.shape, dtype=sums) if wanted.W else None,
-        b=x.new_zeros(len(W), dtype=sums) if wanted.b else None,
-        p=x.new_empty(inputs.p.shape, dtype=dtype) if wanted.p else None,
+def blocks_of(z: Tensor, ranks: Across | None = None) -> Iterator[slice]:
+    """The rows of a chunk's logits to go over at a time, so that a CPU finds them in its cache."""
+    # Ranks wait for one another at every block: one is enough.
+    if z.device.type != "cpu" or ranks is not None:
+        return slices(len(z), len(z) or 1)
+    return slices(len(z), cached_rows(z.shape[1]))
+
+
+class Work(NamedTuple):
+    """What a loop goes over."""
+
+    function: RowFunction
+    how: How
+    operands: Operands
+    index: Tensor | None = None  # of the rows that count, (n,); None for all
+
+    @property
+    def count(self) -> int:
+        """N."""
+        first, *_ = self.operands.layers
+        return len(first.x)
+
+    def chunks(self) -> Iterator["Chunk"]:
+        """The rows that count, with logits in buffers that the next chunk writes over."""
+        how, layers, rows_of = self.how, self.operands.layers, self.index
+        rows = min(how.step, self.count if rows_of is None else len(rows_of))
+        buffers = [
+            None if W is None else Logits(rows, x, len(W), how.logits_dtype) for x, W, _ in layers
+        ]
+        for part in chunks_of_rows(self.count, how.step, rows_of):
+            inputs = [cut(layer.x, part) for layer in layers]
+            logits = [
+                x if buffer is None else buffer.of(x, layer.W, layer.b)
+                for buffer, x, layer in zip(buffers, inputs, layers, strict=True)
+            ]
+            first, *_ = logits
+            yield Chunk(part, inputs, logits, list(blocks_of(first, self.function.ranks)))
+
+    def parts(self, chunk: "Chunk", block: slice, factors: tuple[Any, ...]) -> Parts:
+        """What the row function is given of a block of a chunk's rows."""
+        rows = chunk.rows_of(block)
+        logits = tuple(cast(cut(z, block), self.how.dtype) for z in chunk.logits)
+        return Parts(logits, *self.rows(rows, self.operands.others, factors))
+
+    def rows(
+        self, rows: Rows, others: tuple[Any, ...], factors: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The rows of other tensors, and of factors."""
+        pairs = zip(others, self.function.rows_in, strict=True)
+        return (
+            tuple(t if t is None or not has_rows else cut(t, rows) for t, has_rows in pairs),
+            tuple(
+                cast(cut(f, rows), self.how.dtype) if isinstance(f, Tensor) else f for f in factors
+            ),
+        )
+
+
+class Chunk(NamedTuple):
+    """Some rows, with the input and the logits of each layer."""
+
+    rows: Rows
+    inputs: list[Tensor]
+    logits: list[Tensor]
+    blocks: list[slice]  # of these rows, that a CPU finds in its cache
+
+    def room(self, values: Tensor, layer: Layer) -> Tensor:
+        """Where a gradient like some values goes: over them, unless they are a caller's own."""
+        is_own = layer.W is not None or len(self.blocks) == 1
+        return values if is_own else torch.empty_like(values)
+
+    def rows_of(self, block: slice) -> Rows:
+        """A block of these rows, counted among all rows."""
+        if isinstance(self.rows, Tensor):
+            return cut(self.rows, block)
+        return slice(self.rows.start + block.start, self.rows.start + block.stop)
+
+
+def first_order(
+    work: Work, factors: tuple[Any, ...], needed: Operands, *, values_too: bool = True
+) -> tuple[tuple[Tensor, ...], Operands]:
+    """The results of all rows, if asked for, with the gradients that are needed.
+
+    There is a factor for each result, its cotangent: one for each row, or one for all.
+    """
+    function, layers = work.function, work.operands.layers
+    results: list[Tensor] = []
+    out = _sums(work, needed)
+    logits_needed = tuple(map(any, needed.layers))
+    needs = Parts(logits_needed, needed.others, (values_too,) * function.results)
+    for chunk in work.chunks():
+        pairs = zip(chunk.logits, layers, strict=True)
+        gradients = [chunk.room(z, layer) for z, layer in pairs]
+        for block in chunk.blocks:
+            rows = chunk.rows_of(block)
+            first = function.first(work.parts(chunk, block, factors), needs)
+            if values_too:
+                _write_among(results, first.results, rows, work)
+            for i in compress(range(len(layers)), logits_needed):
+                gradients[i] = _add_gradient(out.layers[i], gradients[i], block, first.logits[i])
+            _add_to_others(out.others, first.others, work, rows)
+            del first  # before the next one is made, as it may be as large as a chunk
+        for layer, sums, x, g in zip(layers, out.layers, chunk.inputs, gradients, strict=True):
+            _pull_back(sums, layer._replace(x=x), g, chunk.rows)
+    return tuple(results), _over_ranks(out, work)
+
+
+class Direction(NamedTuple):
+    """A change of the operands and of the cotangents, or M of them.
+
+    A layer's W is (M, K, D) and its b (M, K). All else has its own shape, and moves only where
+    M = 1. What stays is None, or 0 for a cotangent.
+    """
+
+    operands: Operands
+    factors: tuple[Any, ...]
+
+
+def second_order(
+    work: Work, factors: tuple[Any, ...], along: Direction, needed: Operands, asked: Mask
+) -> tuple[tuple[Tensor, ...], Operands]:
+    """How gradients and results change along M directions: the twin of `first_order`.
+
+    Returns:
+        The changes of the results that are asked for, (N, M); and of the gradients that are needed,
+        (M, ...) by W and b, and of its own shape by all else.
+    """
+    second = _Second(work, factors, along, needed, asked)
+    for chunk in work.chunks():
+        parts = (work.parts(chunk, block, factors) for block in chunk.blocks)
+        points: Any = ((at, work.function.point(at)) for at in parts)
+        if len(second.groups) > 1:
+            points = list(points)
+        for group in second.groups:
+            second.add(chunk, group, points)
+    return tuple(second.results), _over_ranks(second.out, work)
+
+
+class _Second:
+    """The changes along M directions, on the way."""
+
+    def __init__(
+        self,
+        work: Work,
+        factors: tuple[Any, ...],
+        along: Direction,
+        needed: Operands,
+        asked: Mask,
+    ) -> None:
+        self.work, self.along, self.asked = work, along, asked
+        pairs = zip(work.operands.layers, along.operands.layers, strict=True)
+        self.moves = [_Moves(*pair, work) for pair in pairs]
+        self.number = max(move.number for move in self.moves)
+        few = FEW_CLASSES // max(move.classes for move in self.moves)
+        self.groups = list(slices(self.number, max(1, few)))
+        self.out = _sums(work, needed, self.number)
+        pairs = zip(self.moves, self.out.layers, strict=True)
+        self.crosses = any(move.crosses(out) for move, out in pairs)
+        self.results: list[Tensor] = []
+
+    def add(self, chunk: "Chunk", group: slice, points: Iterable[tuple[Parts, Any]]) -> None:
+        """Add what a chunk's rows come to along some of the directions."""
+        function, layers = self.work.function, self.work.operands.layers
+        pairs = zip(self.moves, chunk.inputs, strict=True)
+        changes = [move.along(x, chunk.rows, group) for move, x in pairs]
+        h = [chunk.room(u, layer) for u, layer in zip(changes, layers, strict=True)]
+        g = list(chunk.logits)
+        out = [_of_group(sums, group) for sums in self.out.layers]
+        for block, (at, point) in zip(chunk.blocks, points, strict=True):
+            rows = chunk.rows_of(block)
+            second = function.second(point, at, self._moved(changes, block, rows), self.asked)
+            self._write(second.results, rows, group)
+            _add_to_others(self.out.others, second.others, self.work, rows)
+            for i, change in enumerate(second.logits):
+                h[i] = _add_gradient(out[i], h[i], block, change)
+            if self.crosses:
+                for i, gradient in enumerate(function.gradient(point, at)):
+                    g[i] = _put(g[i], block, gradient)
+            del second, point
+        for i, move in enumerate(self.moves):
+            layer = layers[i]._replace(x=chunk.inputs[i])
+            _pull_back(out[i], layer, h[i].flatten(1), chunk.rows)
+            if move.crosses(out[i]):
+                _add_crossed(out[i], move, g[i], chunk.rows)
+
+    def _moved(self, changes: list[Tensor], block: slice, rows: Rows) -> Parts:
+        """The direction of a block of rows."""
+        pairs = zip(changes, self.moves, strict=True)
+        logits = tuple(
+            cast(cut(u, block), self.work.how.dtype).unflatten(1, (-1, move.classes))
+            for u, move in pairs
+        )
+        others, factors = self.along.operands.others, self.along.factors
+        return Parts(logits, *self.work.rows(rows, others, factors))
+
+    def _write(self, slopes: tuple[Tensor, ...], rows: Rows, group: slice) -> None:
+        """Write how the results of some rows change along some of the directions."""
+        if not self.results:
+            shape = self.work.count, self.number
+            self.results += [slope.new_zeros(shape) for slope in slopes]
+        for result, slope in zip(self.results, slopes, strict=True):
+            result[rows, group] = slope
+
+
+class _Moves:
+    """How a layer's logits move along M directions."""
+
+    def __init__(self, layer: Layer, direction: Layer, work: Work) -> None:
+        x, W, _ = layer
+        self.layer = layer
+        # A direction is a gradient's cotangent, which float32 sums of half precision have in
+        # float32.
+        self.x, self.W, self.b = (None if u is None else u.to(x.dtype) for u in direction)
+        self.number = next((len(u) for u in (self.W, self.b) if u is not None), 1)
+        self.classes = x.shape[1] if W is None else len(W)
+        self.dtype = work.how.logits_dtype
+        width = self.classes * max(1, min(self.number, FEW_CLASSES // self.classes))
+        rows = min(work.how.step, work.count)
+        self.buffer = None if W is None else Logits(rows, x, width, self.dtype)
+
+    def crosses(self, out: Layer) -> bool:
+        """Whether the layer's own g takes part in the changes of its gradients."""
+        if self.layer.W is None:
+            return False
+        return (out.x is not None and self.W is not None) or (
+            out.W is not None and self.x is not None
+        )
+
+    def along(self, x: Tensor, rows: Rows, group: slice) -> Tensor:
+        """The changes u = x uWᵀ + ux Wᵀ + ub along some of the directions, (n, m K)."""
+        ux = None if self.x is None else cut(self.x, rows)
+        if self.buffer is None:
+            return torch.zeros_like(x) if ux is None else ux
+        uW, ub = (None if u is None else u[group].flatten(0, 1) for u in (self.W, self.b))
+        if uW is not None:
+            u = self.buffer.of(x, uW, ub)
+            return u if ux is None else add_multiplied_(u, ux, self.layer.W)
+        if ux is not None:
+            return self.buffer.of(ux, self.layer.W, ub)
+        u = x.new_zeros(len(x), (group.stop - group.start) * self.classes, dtype=self.dtype)
+        return u if ub is None else u.add_(ub)
+
+
+def _sums(work: Work, needed: Operands, number: int = 0) -> Operands:
+    """Where needed gradients go, or their changes along a number of directions."""
+
+    def of_layer(layer: Layer, wanted: Layer) -> Layer:
+        x, W, b = layer
+        sums, many = accumulation_dtype(x.dtype), (number,) if number else ()
+        return Layer(
+            x=_gradient_like(x, True, work.index) if wanted.x else None,
+            W=x.new_zeros((*many, *W.shape), dtype=sums) if wanted.W else None,
+            b=x.new_zeros((*many, *b.shape), dtype=sums) if wanted.b else None,
+        )
+
+    (layers, others), rows_in = work.operands, work.function.rows_in
+    pairs = zip(layers, needed.layers, strict=True)
+    triples = zip(others, rows_in, needed.others, strict=True)
+    return Operands(
+        tuple(of_layer(*pair) for pair in pairs),
+        tuple(_gradient_like(t, r, work.index) if w else None for t, r, w in triples),
     )
 
 
-def _part(factors: Factors, rows: slice) -> Factors:
-    """The factors of some rows."""
-    return Factors(*(None if factor is None else cut(factor, rows) for factor in factors))
+def _of_group(out: Layer, group: slice) -> Layer:
+    """Where the changes along some of the directions go, of W as one matrix (m K, D)."""
+    return Layer(
+        out.x,
+        None if out.W is None else out.W[group].flatten(0, 1),
+        None if out.b is None else out.b[group],
+    )
 
 
-def _among(whole: Numbers | None, part: slice, values: Numbers, count: int) -> Numbers:
-    """The numbers of all rows so far, with those of a block among them."""
-    if values.gap.shape[0] == count:
-        return values
-    # Made once: small tensors that stay between large ones that go would break up the heap.
-    whole = whole or Numbers(*(value.new_empty(count) for value in values))
-    for rows, value in zip(whole, values, strict=True):
-        rows[part] = value
-    return whole
+def _gradient_like(tensor: Tensor, has_rows: bool, index: Tensor | None) -> Tensor:
+    """Where the gradient of a tensor goes: rows to be written, or a sum that starts at 0."""
+    if has_rows:
+        return empty_rows(len(tensor), tensor, index)
+    return torch.zeros_like(tensor, dtype=accumulation_dtype(tensor.dtype))
 
 
-def put(into: Tensor, block: slice, value: Tensor) -> Tensor:
-    """Write a block of a chunk's rows; or return it where it is all of them."""
+def _add_gradient(out: Layer, logits: Tensor, block: slice, gradient: Tensor) -> Tensor:
+    """Add the gradient of b, and put the gradient of logits where the products find it."""
+    if out.b is not None:
+        out.b.add_(gradient.sum(0))
+    if out.x is None and out.W is None:
+        return logits
+    return _put(logits, block, gradient.flatten(1))
+
+
+def _add_to_others(
+    totals: tuple[Any, ...], gradients: tuple[Any, ...], work: Work, rows: Rows
+) -> None:
+    """Write the gradients of rows, and add up the gradients of what all rows share."""
+    for total, gradient, has_rows in zip(totals, gradients, work.function.rows_in, strict=True):
+        if total is not None and has_rows:
+            total[rows] = gradient
+        elif total is not None:
+            total.add_(gradient)
+
+
+def _put(into: Tensor, block: slice, value: Tensor) -> Tensor:
+    """Write a block of a chunk's rows; or return the block where it is the whole chunk."""
     if value.shape == into.shape and value.dtype == into.dtype:
         return value
     into[block] = value
     return into
 
 
-def later(rows: slice, block: slice) -> slice:
-    """A block of a chunk's rows, counted among all rows."""
-    return slice(rows.start + block.start, rows.start + block.stop)
+def _write_among(results: list[Tensor], values: tuple[Tensor, ...], rows: Rows, work: Work) -> None:
+    """Write the results of some rows among the results of all rows."""
+    if not results and isinstance(rows, slice) and rows.stop - rows.start >= work.count:
+        results += values
+        return
+    # Made once: small tensors that stay between large ones that go would break up the heap.
+    if not results:
+        results += [empty_rows(work.count, value, work.index) for value in values]
+    for result, value in zip(results, values, strict=True):
+        write(result, rows, value)
 
 
-def _leave_out_(gradient: Tensor | None, here: Inputs, rows: slice) -> None:
-    """Put 0 where a gradient is that of a row left out, whatever the factors are."""
-    if gradient is not None and here.keep is not None:
-        gradient[rows].masked_fill_(~here.keep.unsqueeze(1), 0)
+def _pull_back(out: Layer, layer: Layer, g: Tensor, rows: Rows) -> None:
+    """Write the gradient of a chunk's x, and add the gradient of W, for the gradient of logits."""
+    x, W, _ = layer
+    if W is None:
+        if out.x is not None:
+            out.x[rows] = g
+        return
+    if out.x is None and out.W is None:
+        return
+    g = cast(g, multiplied_in(W.dtype, W.device))
+    if out.x is not None:
+        by_x = out.x[rows] if isinstance(rows, slice) else torch.empty_like(x)
+        pull_to_rows(g, W, by_x)
+        if not isinstance(rows, slice):
+            out.x[rows] = by_x
+    if out.W is not None:
+        add_pulled_to_classes_(out.W, g, x)
 
 
-def numbers_and_gradients(
-    inputs: Inputs, factors: Factors, wanted: Inputs, how: How, *, numbers_too: bool = True
-) -> tuple[Numbers | None, Inputs]:
-    """The numbers of each row, (N,), if asked for, and the gradient of T where it is wanted.
+def _add_crossed(out: Layer, move: _Moves, g: Tensor, rows: Rows) -> None:
+    """Add g uW to the change of a chunk's ∂/∂x, and gᵀ ux to the change of ∂/∂W."""
+    g = cast(g, multiplied_in(move.layer.W.dtype, move.layer.W.device))
+    if out.x is not None and move.W is not None:
+        by_x = out.x[rows]  # a copy where the rows are an index
+        add_pulled_to_rows_(by_x, g, move.W.squeeze(0))
+        if not isinstance(rows, slice):
+            out.x[rows] = by_x
+    if out.W is not None and move.x is not None:
+        add_pulled_to_classes_(out.W, g, cut(move.x, rows))
 
-    With g = ∂T/∂z = s S − t y and z = x Wᵀ + b:  ∂T/∂x = Wᵀ g,  ∂T/∂W = g xᵀ,  ∂T/∂b = g
+
+def _over_ranks(out: Operands, work: Work) -> Operands:
+    """Gradients, of which x has its sum over all ranks that hold classes."""
+    ranks = work.function.ranks
+    if ranks is None:
+        return out
+    (layer,) = out.layers
+    if layer.x is None:
+        return out
+    (x,) = ranks.total(layer.x.to(accumulation_dtype(layer.x.dtype)))
+    return out._replace(layers=(layer._replace(x=x.to(layer.x.dtype)),))
+
+
+# The loops as sweeps of a plan and of its derivatives.
+
+
+@dataclass(frozen=True)
+class ValuesSweep:
+    """The results of all rows.
+
+    Here and below, a mask has a place for each operand, and mostly one for each result behind.
     """
-    count, W = inputs.x.shape[0], inputs.W
-    numbers: Numbers | None = None
-    out = sums_of(inputs, wanted, how.dtype)
-    logits = Logits(inputs, how)
-    for rows in slices(count, how.step):
-        here = inputs.rows(rows)
-        z = logits.of(here.x, W, here.b)
-        g = z
-        for block in logits.blocks(z):
-            part = later(rows, block)
-            wide = cast(cut(z, block), how.dtype)
-            y = here.y if wide.shape == z.shape else here.y.rows(block)
-            of_part = _part(factors, part)
-            top: Tensor | None
-            if numbers_too:
-                S, top, numbers_here = formulas.softmax_and_numbers(wide, y, how.across)
-                numbers = _among(numbers, part, numbers_here, count)
-            else:
-                S, top = formulas.softmax_alone(wide, y, how.across)
-            if out.p is not None and top is not None:
-                out.p[part] = formulas.target_gradient(wide, top, y, of_part.t)
-            if wanted.x or wanted.W or wanted.b:
-                gradient = formulas.gradient_(S, y, of_part)
-                if out.b is not None:
-                    out.b.add_(gradient.sum(0))
-                if W is not None:
-                    g = put(z, block, gradient)
-                elif out.x is not None:
-                    out.x[part] = gradient
-                del gradient
-            del wide, S  # before the next ones are made, as they may be as large as a chunk
-        if W is not None and (wanted.x or wanted.W):
-            g = cast(g, multiplied_in(W.dtype, W.device))
-            if out.x is not None:
-                pull_to_rows(g, W, out.x[rows])
-            if out.W is not None:
-                add_pulled_to_classes_(out.W, g, here.x)
-        _leave_out_(out.x, here, rows)
-    return numbers, _over_all_places(out, how)
+
+    function: RowFunction
+    how: How
+
+    @property
+    def operands(self) -> int:
+        """The number of operands."""
+        return len(self.function.has_rows)
+
+    @property
+    def outputs(self) -> Mask:
+        """Of which operands and results there are gradients, values or changes."""
+        return self._mask(False, True)
+
+    def _mask(self, of_operands: bool, of_results: bool) -> Mask:
+        return (of_operands,) * self.operands + (of_results,) * self.function.results
+
+    def told(self) -> list[bool]:
+        """What tells the sweep, for an operator."""
+        return []
+
+    @classmethod
+    def from_told(cls, function: RowFunction, how: How, masks: list[bool]) -> "ValuesSweep":
+        """The sweep that is told so."""
+        return ValuesSweep(function, how)
+
+    def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:
+        """The results, (N, ...)."""
+        function = self.function
+        nothing = function.operands((False,) * self.operands)
+        work = Work(function, self.how, function.operands(tensors), index)
+        values, _ = first_order(work, (), nothing)
+        return values
+
+    def vjp(self, wanted: Mask) -> "ValuesSweep | None":
+        """The sweep of the gradients."""
+        return GradientSweep(self.function, self.how, wanted)
+
+    def jvp(self) -> "ValuesSweep | None":
+        """The sweep of the tangents, which are second derivatives: T is linear in its factors."""
+        if not self.function.has_second:
+            return None
+        moved, wanted = self._mask(True, False), self._mask(False, True)
+        return SecondSweep(self.function, self.how, moved, wanted, has_factors=False)
+
+    def batch(self, batched: Mask, present: Mask) -> "ValuesSweep | None":
+        """No sweep for a batch."""
+        return None
 
 
-def hessian_along(
-    inputs: Inputs,
-    factors: Factors,
-    direction: Inputs,
-    of_factors: Factors,
-    wanted: Inputs,
-    how: How,
-) -> tuple[Inputs, Numbers]:
-    """Second order: how the gradient of T changes along a direction, where that is wanted.
+@dataclass(frozen=True)
+class GradientSweep(ValuesSweep):
+    """The gradients by the wanted operands, for cotangents of the results."""
 
-    The logits move by u = Wᵀ ux + x uWᵀ + ub. With g = s S − t y, and h its change,
-    ∂T/∂x changes by Wᵀ h + uWᵀ g,  ∂T/∂W by h xᵀ + g uxᵀ,  ∂T/∂b by h,  and ∂T/∂s and ∂T/∂t by
-    the slopes of log_sum and gap.
+    wanted: Mask = ()
 
-    The direction is a change of the inputs, and one of the factors; None for what does not move.
+    @property
+    def outputs(self) -> Mask:
+        """The gradients by operands."""
+        return (*self.wanted, *(False,) * self.function.results)
+
+    def told(self) -> list[bool]:
+        """The operands that are wanted."""
+        return list(self.wanted)
+
+    @classmethod
+    def from_told(cls, function: RowFunction, how: How, masks: list[bool]) -> "ValuesSweep":
+        """The sweep that is told so."""
+        return GradientSweep(function, how, tuple(masks))
+
+    def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:
+        """The gradients, each of the shape of its operand."""
+        function = self.function
+        at, cotangents = split(tensors, self.operands)
+        factors = tuple(0.0 if c is None else c for c in cotangents)
+        work = Work(function, self.how, function.operands(at), index)
+        _, gradients = first_order(work, factors, function.operands(self.wanted), values_too=False)
+        return select(gradients.flat(), self.wanted)
+
+    def vjp(self, wanted: Mask) -> "ValuesSweep | None":
+        """The sweep of the changes along the cotangents of the gradients."""
+        if not self.function.has_second:
+            return None
+        return SecondSweep(self.function, self.how, self.outputs, wanted)
+
+    def jvp(self) -> "ValuesSweep | None":
+        """The sweep of the changes along tangents: the Hessian is symmetric."""
+        if not self.function.has_second:
+            return None
+        return SecondSweep(self.function, self.how, self._mask(True, True), self.outputs)
+
+
+@dataclass(frozen=True)
+class SecondSweep(ValuesSweep):
+    """The changes of gradients and results along a direction. The plan has their derivatives.
+
+    Args:
+        function, how: As above.
+        moved: Of which operands and results the direction is given; None of it is what stays.
+        wanted: The gradients by which operands change, and which results.
+        has_factors: Whether a cotangent of each result is given; else there is none of any.
+        many: Whether the directions are M, of a layer's W and b alone.
     """
-    count, W = inputs.x.shape[0], inputs.W
-    slopes: Numbers | None = None
-    out = sums_of(inputs, wanted, how.dtype)
-    # A direction is a gradient's cotangent, which float32 sums of half precision have in float32.
-    ux, uW, ub = (None if u is None else u.to(inputs.x.dtype) for u in direction[:3])
-    needs_g = (wanted.x and uW is not None) or (wanted.W and ux is not None and W is not None)
-    logits, changes = Logits(inputs, how), Logits(inputs, how)
-    for rows in slices(count, how.step):
-        here = inputs.rows(rows)
-        moved = None if ux is None else kept(here._replace(x=ux[rows]))
-        z = logits.of(here.x, W, here.b)
-        u = _change(changes, here, Inputs(moved, uW, ub))
-        h = u if W is not None or out.x is None else out.x[rows]
-        for block in logits.blocks(z):
-            part = later(rows, block)
-            wide = cut(z, block).to(how.dtype)
-            y = here.y if wide.shape == z.shape else here.y.rows(block)
-            of_part = _part(factors, part)
-            S, top = formulas.softmax_alone(wide, y, how.across)
-            point = Point(wide, S, top, y, of_part)
-            dp = None if direction.p is None else direction.p[part]
-            change = Change(u[block].to(how.dtype), dp, *_part(of_factors, part))
-            second = formulas.hessian_product(point, change, how.across)
-            slopes = _among(slopes, part, second.by_factors, count)
-            if out.p is not None:
-                out.p[part] = second.by_p
-            if out.b is not None:
-                out.b.add_(second.by_z.sum(0))
-            if wanted.x or wanted.W:
-                h[block] = second.by_z
-            if needs_g:
-                z[block] = formulas.gradient_(S, y, of_part)
-            del wide, S, point, change, second  # as above
-        if W is not None and (wanted.x or wanted.W):
-            g, h = (cast(t, multiplied_in(W.dtype, W.device)) for t in (z, h))
-            if out.x is not None:
-                pull_to_rows(h, W, out.x[rows])
-                if uW is not None:
-                    add_pulled_to_rows_(out.x[rows], g, uW)
-            if out.W is not None:
-                add_pulled_to_classes_(out.W, h, here.x)
-                if moved is not None:
-                    add_pulled_to_classes_(out.W, g, moved)
-        _leave_out_(out.x, here, rows)
-    assert slopes is not None
-    return _over_all_places(out, how), slopes
+
+    moved: Mask = ()
+    wanted: Mask = ()
+    has_factors: bool = True
+    many: bool = False
+
+    @property
+    def outputs(self) -> Mask:
+        """What is wanted."""
+        return self.wanted
+
+    def told(self) -> list[bool]:
+        """What moves and what is wanted."""
+        return [*self.moved, *self.wanted, self.has_factors, self.many]
+
+    @classmethod
+    def from_told(cls, function: RowFunction, how: How, masks: list[bool]) -> "ValuesSweep":
+        """The sweep that is told so."""
+        *masks, has_factors, many = masks
+        moved, wanted = split(masks, len(masks) // 2)
+        return SecondSweep(function, how, moved, wanted, has_factors, many)
+
+    def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:
+        """The changes, each of the shape of what it is the change of."""
+        function = self.function
+        at, rest = split(tensors, self.operands)
+        cotangents, given = split(rest, function.results if self.has_factors else 0)
+        cotangents = cotangents or (None,) * function.results
+        moves, moved_factors = split(
+            merge((None,) * len(self.moved), self.moved, given), self.operands
+        )
+        direction = function.operands(moves)
+        if not self.many:
+            direction = direction._replace(layers=tuple(map(_one_of_many, direction.layers)))
+        needed, asked = split(self.wanted, self.operands)
+        slopes, changes = second_order(
+            Work(function, self.how, function.operands(at), index),
+            tuple(0.0 if c is None else c for c in cotangents),
+            Direction(direction, tuple(0.0 if f is None else f for f in moved_factors)),
+            function.operands(needed),
+            asked,
+        )
+        if not self.many:
+            changes = changes._replace(layers=tuple(map(_only, changes.layers)))
+            slopes = tuple(slope.squeeze(1) for slope in slopes)
+        return (*select(changes.flat(), needed), *slopes)
+
+    def vjp(self, wanted: Mask) -> None:
+        """No sweep of the third order."""
+
+    def jvp(self) -> None:
+        """No sweep of the third order."""
+
+    def batch(self, batched: Mask, present: Mask) -> "ValuesSweep | None":
+        """The sweep for M directions of W and b, if all that is given of them is batched."""
+        function, given = self.function, sum(self.moved)
+        is_moving = merge((False,) * len(self.moved), self.moved, present[-given:])
+        operands, factors = split(is_moving, self.operands)
+        if (
+            self.many
+            or function.ranks is not None
+            or batched != (*(False,) * (len(batched) - given), *present[-given:])
+        ):
+            return None
+        moves, (wanted, _) = function.operands(operands), split(self.wanted, self.operands)
+        needed = function.operands(wanted)
+        of_rows = (*(layer.x for layer in (*moves.layers, *needed.layers)), *moves.others)
+        if any((*of_rows, *needed.others, *factors)) or not any(operands):
+            return None
+        return replace(self, many=True)
 
 
-def _change(changes: Logits, here: Inputs, direction: Inputs) -> Tensor:
-    """The change u = Wᵀ ux + x uWᵀ + ub of a chunk's logits."""
-    x: Tensor = here.x
-    ux, uW, ub = direction.x, direction.W, direction.b
-    if here.W is None:
-        return torch.zeros_like(here.x) if ux is None else ux
-    if uW is not None:
-        u = changes.of(here.x, uW, ub)
-        if ux is not None:
-            add_multiplied_(u, ux, here.W)
-        return u
-    if ux is not None:
-        return changes.of(ux, here.W, ub)
-    u = x.new_zeros(x.shape[0], here.W.shape[0], dtype=changes.how.logits_dtype)
-    return u if ub is None else u.add_(ub)
+def _one_of_many(direction: Layer) -> Layer:
+    x, W, b = direction
+    return Layer(x, None if W is None else W.unsqueeze(0), None if b is None else b.unsqueeze(0))
 
 
-def _over_all_places(gradients: Inputs, how: How) -> Inputs:
-    """The gradient of x added up over all places of the classes, with the other gradients."""
-    if how.across is None or gradients.x is None:
-        return gradients
-    (x,) = how.across.total(gradients.x.to(accumulation_dtype(gradients.x.dtype)))
-    return gradients._replace(x=x.to(gradients.x.dtype))
+def _only(change: Layer) -> Layer:
+    x, W, b = change
+    return Layer(x, None if W is None else W.squeeze(0), None if b is None else b.squeeze(0))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from .._transforms import is_moving
+from .._transforms import is_batched, is_fake, is_moving, is_plain, unwrapped
 from ._formulas import Target
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -36,7 +36,7 @@ class RowOptions(NamedTuple):
 class LogitOptions(NamedTuple):
     """What is done with logits before their softmax, by the names that it has in the losses."""
 
-    softcap: float | None = None
+    softcap: float = math.inf  # for no cap
     logit_scale: float = 1.0
     z_loss: float = 0.0
 
@@ -90,11 +90,12 @@ def row_options_of(row_weight: object, count: object) -> RowOptions:
 def logit_options_of(softcap: object, logit_scale: object, z_loss: object) -> LogitOptions:
     """What is done with logits, checked."""
     scale, penalty = checks.number("logit_scale", logit_scale), checks.number("z_loss", z_loss)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"logit_scale must be finite, got {scale}")
     checks.finite("z_loss", penalty)
-    cap = None if softcap is None else checks.number("softcap", softcap)
-    if cap is not None:
+    cap = math.inf
+    if softcap is not None:
+        cap = checks.number("softcap", softcap)
         checks.finite("softcap", cap, above_zero=True)
     return LogitOptions(cap, scale, penalty)
 
@@ -107,6 +108,59 @@ def check_classes(classes: int, weight: Tensor | None) -> None:
         checks.shape("weight", weight, (classes,), "for one weight a class")
 
 
+class Counted(NamedTuple):
+    """Which rows count: those of an index, which are selected; or those of a mask.
+
+    Only the numbers of a mask tell how many rows count. Compiled code, `vmap` over targets and a
+    CUDA graph can't wait for that, and multiply all rows, of which the others are 0.
+    """
+
+    index: Tensor | None = None  # (n,) int64; None for all rows
+    mask: Tensor | None = None  # (N,) bool, where the index can't be known
+
+    @classmethod
+    def of(cls, mask: Tensor | None) -> "Counted":
+        """The rows of a mask (N,); on a GPU this waits for its numbers."""
+        if mask is None:
+            return cls()
+        if not has_numbers(mask):
+            return cls(mask=mask)
+        index = unwrapped(mask.nonzero()).squeeze(1)
+        return cls() if index.shape == mask.shape else cls(index)
+
+    def number(self, count: int) -> Tensor | int:
+        """How many of all rows count."""
+        if self.mask is not None:
+            return self.mask.sum()
+        return count if self.index is None else self.index.shape[0]
+
+    def read(self, rows: Tensor) -> Tensor:
+        """All rows, to be multiplied: 0 where a mask leaves a row out, whatever it holds."""
+        if self.mask is None:
+            return rows
+        return rows.masked_fill(~self.mask.view(-1, *(1 for _ in rows.shape[1:])), 0)
+
+    def select(self, values: Tensor) -> Tensor:
+        """The values of the rows that count, where their index is known."""
+        return values if self.index is None else values[self.index]
+
+    def restore(self, values: Tensor, count: int) -> Tensor:
+        """Selected values among 0 for each row that is left out, (N, ...)."""
+        if self.index is None:
+            return self.read(values)
+        zeros = values.new_zeros(count, *values.shape[1:])
+        return zeros.index_copy(0, self.index, values)
+
+
+def has_numbers(mask: Tensor) -> bool:
+    """Whether the numbers of a mask can be looked at."""
+    if torch.compiler.is_compiling() or mask.is_meta or not is_plain(mask) or is_fake(mask):
+        return False
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not is_batched(mask)
+
+
 class Terms(NamedTuple):
     """What the loss of each row is made from, with every option folded in."""
 
@@ -114,25 +168,21 @@ class Terms(NamedTuple):
     mass: Tensor | None  # (N,), Σ_k y_k; None for 1
     keep: Tensor | None  # (N,) bool, False where the target is ignored; None where none can be
     divisor: Tensor | int  # what a mean divides by: the weight of all targets
-    of_none: float = math.nan  # their mean where that is 0
+    mean_of_no_rows: float = math.nan
     factor: Tensor | None = None  # (N,), what the loss of a row is multiplied with; None for 1
 
-    def factor_of_kept(self, dtype: torch.dtype) -> Tensor | None:
-        """The factor, with 0 where a row is left out, whatever it holds there; None for 1."""
-        if self.keep is None:
-            return self.factor
-        if self.factor is None:
-            return self.keep.to(dtype)
-        return self.factor.masked_fill(~self.keep, 0)
-
     def with_rows(self, rows: RowOptions, dtype: torch.dtype) -> "Terms":
-        """The same with what rows count for."""
+        """The terms with what rows count for; a weight of 0 that gets no gradient leaves out."""
         terms = self
         if rows.weight is not None:
-            terms = terms._replace(factor=rows.weight.flatten().to(dtype))
+            factor = rows.weight.flatten()
+            if not is_moving(factor):
+                counts = factor != 0
+                terms = terms._replace(keep=counts if self.keep is None else counts & self.keep)
+            terms = terms._replace(factor=factor.to(dtype))
         if rows.divisor is not None:
             count = torch.as_tensor(rows.divisor, dtype=dtype, device=self.y.target.device)
-            terms = terms._replace(divisor=count, of_none=0.0)
+            terms = terms._replace(divisor=count, mean_of_no_rows=0.0)
         return terms
 
 

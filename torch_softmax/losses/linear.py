@@ -8,31 +8,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .. import _checks as checks
-from ._capped import loss_of_capped
-from ._cross_entropy import loss_of
 from ._dtypes import accumulation_dtype, cast, loss_dtype, outside_autocast, product_dtype, widest
 from ._formulas import Across
 from ._products import multiplied_in
-from ._sweeps import How, Inputs
+from ._sweeps import How, Layer
 from ._targets import LogitOptions, Options, RowOptions, Terms, check_classes, fold
-from .logits import cross_entropy
-
-
-class Layer(NamedTuple):
-    """A linear layer, z = x Wᵀ + b, and what it is applied to, by their names in torch."""
-
-    input: Tensor
-    linear_weight: Tensor
-    linear_bias: Tensor | None
-
-    def to(self, dtype: torch.dtype) -> "Layer":
-        """The same in a dtype."""
-        return Layer(*(None if t is None else cast(t, dtype) for t in self))  # type: ignore[arg-type]
-
-    def flat(self) -> "Layer":
-        """The same with one dimension of rows."""
-        *shape, features = self.input.shape
-        return self._replace(input=self.input.reshape(math.prod(shape), features))
+from .logits import PLAIN, cross_entropy, loss_of
 
 
 def default_chunk_size(classes: int, features: int, device: torch.device) -> int:
@@ -55,7 +36,7 @@ class Extra(NamedTuple):
         are_given = {
             "row_weight": self.rows.weight is not None,
             "count": self.rows.divisor is not None,
-            "softcap": self.logits.softcap is not None,
+            "softcap": self.logits.softcap != math.inf,
             "logit_scale": self.logits.logit_scale != 1,
             "z_loss": self.logits.z_loss != 0,
         }
@@ -70,36 +51,30 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The loss of a layer's logits, to be differentiated to any order."""
     check(layer, target, options)
-    classes, *further = layer.linear_weight.shape[:-1]
+    classes, *further = layer.W.shape[:-1]
     if further:
         if extra.given():
             raise ValueError(
                 f"{extra.given()} must be left out for a linear_weight of more than two "
-                f"dimensions, got shape {tuple(layer.linear_weight.shape)}"
+                f"dimensions, got shape {tuple(layer.W.shape)}"
             )
         return cross_entropy(_all_logits(layer), target, options)
     if extra.rows.weight is not None:
-        shape = tuple(layer.input.shape[:-1])
+        shape = tuple(layer.x.shape[:-1])
         checks.shape("row_weight", extra.rows.weight, shape, "as input without D")
     may_ignore = checks.labels(target, classes, options.ignore_index)
     returned, how = dtypes_and_chunks(layer, target, options, chunk_size)
     terms = fold(target, options, classes, how.dtype, may_ignore=may_ignore)
     terms = terms.with_rows(extra.rows, how.dtype)
-    if extra.logits == LogitOptions():
-        return cast(loss_of_layer(layer, terms, options.reduction, how), returned)
-    flat = layer.to(product_dtype(*layer)).flat()
-    with outside_autocast(flat.input):
-        loss = loss_of_capped(flat, terms, extra.logits, options.reduction, how)
-    if options.reduction == "none":
-        loss = loss.reshape(layer.input.shape[:-1])
+    loss = loss_of_layer(layer, terms, options.reduction, how, extra.logits)
     return cast(loss, returned)
 
 
 def check(layer: Layer, target: Tensor, options: Options) -> None:
     """Raise unless the arguments fit together."""
     checks.linear_layer(*layer)
-    *shape, _ = layer.input.shape
-    classes, *extra = layer.linear_weight.shape[:-1]
+    *shape, _ = layer.x.shape
+    classes, *extra = layer.W.shape[:-1]
     check_classes(classes, options.weight)
     checks.target(target, (*shape, *extra), (*shape, classes, *extra))
 
@@ -109,29 +84,46 @@ def dtypes_and_chunks(
     target: Tensor,
     options: Options,
     chunk_size: int | None,
-    across: Across | None = None,
 ) -> tuple[torch.dtype, How]:
     """The dtype of the loss, and how its logits are worked out."""
     products = product_dtype(*layer)
     returned = options.dtype or loss_dtype(products, target, options.weight)
-    logits = multiplied_in(widest(products, options.dtype), layer.input.device)
+    logits = multiplied_in(widest(products, options.dtype), layer.x.device)
     dtype = accumulation_dtype(widest(logits, returned))
-    classes, *_, features = layer.linear_weight.shape
-    step = chunk_size or default_chunk_size(classes, features, layer.input.device)
-    return returned, How(step, dtype, logits, across)
+    classes, *_, features = layer.W.shape
+    step = chunk_size or default_chunk_size(classes, features, layer.x.device)
+    return returned, How(step, dtype, logits)
 
 
-def loss_of_layer(layer: Layer, terms: Terms, reduction: str, how: How) -> Tensor:
+def loss_of_layer(
+    layer: Layer,
+    terms: Terms,
+    reduction: str,
+    how: How,
+    options: LogitOptions = PLAIN,
+    across: Across | None = None,
+) -> Tensor:
     """The loss of a layer (C, D) from its terms, of any leading dimensions for 'none'."""
-    x, W, b = layer.to(product_dtype(*layer)).flat()
-    with outside_autocast(x):
-        loss = loss_of(Inputs(x, W, b, *terms.y, terms.keep), terms, reduction, how)
-    return loss.reshape(layer.input.shape[:-1]) if reduction == "none" else loss
+    flat = as_multiplied(layer)
+    with outside_autocast(flat.x):
+        loss = loss_of(flat, terms, reduction, how, options, across)
+    return loss.reshape(layer.x.shape[:-1]) if reduction == "none" else loss
+
+
+def as_multiplied(layer: Layer) -> Layer:
+    """A layer in the dtype of its products, with one dimension of rows."""
+    *shape, features = layer.x.shape
+    dtype = product_dtype(*layer)
+    x, W, b = (None if t is None else cast(t, dtype) for t in layer)
+    assert x is not None
+    return Layer(x.reshape(math.prod(shape), features), W, b)
 
 
 def _all_logits(layer: Layer) -> Tensor:
     """The logits (N, C, d1, ...) of a layer (C, d1, ..., D)."""
-    x, W, b = layer.to(product_dtype(*layer))
+    dtype = product_dtype(*layer)
+    x, W, b = (None if t is None else cast(t, dtype) for t in layer)
+    assert W is not None
     flat_bias = None if b is None else b.flatten()
     logits: Tensor = linear(x, W.flatten(0, -2), flat_bias).unflatten(1, W.shape[:-1])
     return logits

@@ -1,14 +1,86 @@
-"""Cross-entropy of given logits, whose gradient is S − y."""
+"""Cross-entropy of logits, given or of a layer: the loss is made of the numbers of each row."""
 
 import math
 
+import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from ._cross_entropy import loss_of
+from ._autograd import Tensors
 from ._dtypes import accumulation_dtype, cast, loss_dtype, widest
-from ._sweeps import How, Inputs, logits_step
-from ._targets import Options, check_classes, fold
+from ._formulas import Across, Numbers, product
+from ._numbers import RowNumbers
+from ._operators import results_of, sum_of
+from ._sweeps import How, Layer, Operands, logits_step
+from ._targets import Counted, LogitOptions, Options, Terms, check_classes, fold
+
+PLAIN = LogitOptions()
+
+
+def loss_of(
+    layer: Layer,
+    terms: Terms,
+    reduction: str,
+    how: How,
+    options: LogitOptions = PLAIN,
+    across: Across | None = None,
+) -> Tensor:
+    """The loss L = m log_sum + gap + ζ lse² of each row, (N,), or their sum or mean.
+
+    Three matrix products are the least for a layer with its gradients, and only for a sum is it
+    known beforehand what the gradients are weighted with. Given logits need none.
+    """
+    cap, scale, z_loss = options
+    asked = ("log_sum", "gap", "square") if z_loss else ("log_sum", "gap")
+    function = RowNumbers(asked, cap, scale, across)
+    operands = Operands((layer,), tuple(terms.y))
+    counted = Counted.of(terms.keep)
+    count = layer.x.shape[0]
+    if reduction == "none" or layer.W is None:
+        numbers = results_of(function, how, operands, counted)
+        losses = _losses(Numbers(**dict(zip(asked, numbers, strict=True))), terms, z_loss, counted)
+        if reduction == "none":
+            return counted.restore(losses, count)
+        total = counted.read(losses).sum()
+    else:
+        factors = _factors(terms, z_loss, how.dtype, counted)
+        total = sum_of(function, how, operands, factors, counted)
+    return total if reduction == "sum" else mean_over(total, terms.divisor, terms.mean_of_no_rows)
+
+
+def _losses(numbers: Numbers, terms: Terms, z_loss: float, counted: Counted) -> Tensor:
+    """The losses of the rows that count, times their factors."""
+    mass, factor = (None if t is None else counted.select(t) for t in (terms.mass, terms.factor))
+    log_sum, loss = counted.select(numbers.log_sum), counted.select(numbers.gap)
+    loss = loss + (log_sum if mass is None else mass * log_sum)
+    if z_loss:
+        loss = loss + z_loss * counted.select(numbers.square)
+    return loss if factor is None else product(factor, loss)
+
+
+def _factors(terms: Terms, z_loss: float, dtype: torch.dtype, counted: Counted) -> Tensors:
+    """The factors m f, f and ζ f of log_sum, gap and square for a row's factor f.
+
+    T is the sum of the losses with these.
+    """
+    mass, factor = terms.mass, terms.factor
+    if counted.mask is not None:
+        factor = counted.mask.to(dtype) if factor is None else counted.read(factor)
+    if z_loss and factor is None:
+        factor = torch.ones_like(
+            terms.y.target[..., 0] if terms.y.is_dense() else terms.y.target, dtype=dtype
+        )
+    of_log_sum = mass if factor is None or mass is None else factor * mass
+    of_log_sum = factor if mass is None else of_log_sum
+    return (of_log_sum, factor, z_loss * factor) if z_loss else (of_log_sum, factor)
+
+
+def mean_over(total: Tensor, count: Tensor | float, mean_of_no_rows: float = math.nan) -> Tensor:
+    """A total over a count; the mean over none is mostly nan, as torch has it, its gradient 0."""
+    if not isinstance(count, Tensor) and count > 0:
+        return total / count
+    empty = torch.as_tensor(count, device=total.device) == 0
+    return (total / torch.where(empty, 1, count)).masked_fill(empty, mean_of_no_rows)
 
 
 def cross_entropy(input: Tensor, target: Tensor, options: Options) -> Tensor:
@@ -32,6 +104,6 @@ def cross_entropy(input: Tensor, target: Tensor, options: Options) -> Tensor:
     returned = options.dtype or loss_dtype(input.dtype, target, options.weight)
     dtype = accumulation_dtype(widest(input.dtype, returned))
     terms = fold(p, options, classes, dtype, may_ignore=may_ignore)
-    inputs = Inputs(z, None, None, *terms.y, terms.keep)
-    loss = loss_of(inputs, terms, options.reduction, How(logits_step(z), dtype, dtype))
+    how = How(logits_step(z), dtype, dtype)
+    loss = loss_of(Layer(z), terms, options.reduction, how)
     return cast(loss.reshape(shape) if options.reduction == "none" else loss, returned)
