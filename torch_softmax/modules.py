@@ -11,7 +11,6 @@ from . import functional
 from .losses._small import Batch, loss_and_predicted_if_small
 from .losses._targets import (
     NO_OPTIONS,
-    LogitOptions,
     check_classes,
     logit_options_of,
     options_of,
@@ -188,8 +187,8 @@ class LinearCrossEntropyLoss(nn.Module):
         options_of(weight, ignored, reduction, label_smoothing, loss_dtype)
         check_classes(num_classes, weight)
         checks.chunk_size(chunk_size)
-        changed = logit_options_of(softcap, logit_scale, z_loss)
-        self.softcap, self.logit_scale, self.z_loss = changed
+        _, self.logit_scale, self.z_loss = logit_options_of(softcap, logit_scale, z_loss)
+        self.softcap = softcap
         self.num_classes = num_classes
         self.out_features = out_features
         self.reduction = reduction
@@ -244,7 +243,6 @@ class LinearCrossEntropyLoss(nn.Module):
     def extra_repr(self) -> str:
         """The options, for `repr`."""
         words = [f"reduction={self.reduction!r}", f"label_smoothing={self.label_smoothing}"]
-        changed = LogitOptions(self.softcap, self.logit_scale, self.z_loss)
-        usual = LogitOptions()._asdict()
-        words += [f"{name}={v}" for name, v in changed._asdict().items() if v != usual[name]]
+        usual = {"softcap": None, "logit_scale": 1.0, "z_loss": 0.0}
+        words += [f"{n}={getattr(self, n)}" for n, v in usual.items() if getattr(self, n) != v]
         return ", ".join(words)

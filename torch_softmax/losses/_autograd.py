@@ -78,6 +78,11 @@ def pulled_back(fn: Callable[..., tuple[Tensor, ...]], *at: Tensor) -> tuple[Any
     return tuple(value.detach() for value in values), pull
 
 
+def settled(tensor: Tensor | None) -> Tensor | None:
+    """A tensor that can be worked with; forward mode has zeros that are not there."""
+    return tensor.clone() if tensor is not None and tensor._is_zerotensor() else tensor
+
+
 def may_take_gradients() -> bool:
     """Whether a plain backward alone will ask for gradients, as far as can be foreseen."""
     # The transforms differentiate every gradient again, from the inputs. And whoever sets hooks on

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .._transforms import is_differentiated, is_plain, refuse_inference_mode
-from ._autograd import Mask, Saved, Tensors, merge, nested_forward_mode, select, split, vjp
+from ._autograd import Mask, Saved, Tensors, merge, nested_forward_mode, select, settled, split, vjp
 from ._dtypes import accumulation_dtype, outside_autocast
 from ._formulas import product
 
@@ -110,7 +110,7 @@ class Plan:
         first = next(tensor for tensor in tensors if tensor is not None)
         with outside_autocast(first):
             if self.sweep is not None and all(map(is_plain, tensors)):
-                return self.sweep.run(tensors, self.index)
+                return self.sweep.run(tuple(map(settled, tensors)), self.index)
             return self._run_in_chunks(*tensors)
 
     def _run_in_chunks(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -85,7 +85,7 @@ def per_row(factor: Factor, like: Tensor) -> Factor:
     """A factor (n,) with the dimensions of a tensor (n, ..., K), to be multiplied with it."""
     if not isinstance(factor, Tensor):
         return factor
-    return factor.view(-1, *(1 for _ in like.shape[1:]))
+    return factor.view(factor.shape[0], *(1 for _ in like.shape[1:]))
 
 
 class Target(NamedTuple):
@@ -113,9 +113,9 @@ class Target(NamedTuple):
         between = (1 for _ in z.shape[2:])
         if self.is_dense():
             y = self.scaled(self.target.to(z.dtype))
-            total = product(y.view(len(y), *between, -1), top - z).sum(-1)
+            total = product(y.view(y.shape[0], *between, y.shape[1]), top - z).sum(-1)
         else:
-            label = self.target.view(-1, *between, 1).expand(*z.shape[:-1], 1)
+            label = self.target.view(self.target.shape[0], *between, 1).expand(*z.shape[:-1], 1)
             total = (top - z.gather(-1, label)).squeeze(-1)
             if self.hot is not None:
                 total = product(per_row(self.hot, total), total)  # type: ignore[arg-type]
@@ -263,18 +263,20 @@ class Row:
             q = q - factors.mean_gap * (self.mean_gap + 1)
         return q
 
-    def gradient(self, factors: Numbers, *, out: Tensor | None = None) -> Tensor:
+    def gradient(self, factors: Numbers, *, in_place: bool = False) -> Tensor:
         """∂T/∂z = S ∘ q − t y, (n, K); where s = t = 1 and h = r = 0 this is S − y.
 
-        It is written into `out`, which may be S itself.
+        It may be written into S itself, which is gone then.
         """
         q = per_row(self.slopes(factors), self.z)
         if not is_zero(factors.mean_gap):
             q = q + per_row(factors.mean_gap, self.z) * self.below
-        if isinstance(q, Tensor) or q != 1 or out is None:
-            gradient = torch.mul(self.softmax, q, out=out)
+        if not in_place:
+            gradient = self.softmax * q
+        elif isinstance(q, Tensor) or q != 1:
+            gradient = self.softmax.mul_(q)
         else:
-            gradient = self.softmax if out is self.softmax else out.copy_(self.softmax)
+            gradient = self.softmax
         return self.y.subtract_from_(gradient, factors.gap)
 
     def target_gradient(self, t: Factor) -> Tensor:

@@ -1,9 +1,9 @@
-"""The numbers of a row as a row function: of logits that are scaled and capped before their softmax.
+"""The numbers of a row as a row function, of logits that are scaled and capped first.
 
     z' = c tanh(a z / c)  for a scale a and a cap c,  with  d = ∂z'/∂z = a (1 − tanh²(a z / c))
 
-With the gradient g of T by z' and its change h, both of `_formulas`, the gradient by z is d ∘ g. Along
-u it changes by d ∘ h − 2a/c tanh(a z / c) ∘ d ∘ u ∘ g.
+With the gradient g of T by z' and its change h, both of `_formulas`, the gradient by z is d ∘ g.
+Along u it changes by d ∘ h − 2a/c tanh(a z / c) ∘ d ∘ u ∘ g.
 """
 
 import math
@@ -106,7 +106,7 @@ class RowNumbers(RowFunction):
         by_target = row.target_gradient(factors.gap) if by_p else None
         by_z = None
         if any(needed.logits):
-            by_z = change.times_slope(row.gradient(factors, out=row.softmax))
+            by_z = change.times_slope(row.gradient(factors, in_place=True))
         return Parts((by_z,), (by_target, None, None, None), numbers)
 
     def point(self, at: Parts) -> tuple[Changed, Row]:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._transforms import is_plain, is_transformed
 from ._autograd import Mask, Tensors, may_take_gradients, merge, select, split
-from ._chunked import Plan, chunked, cut, slices, sum_of_products, taken_along
+from ._chunked import chunked, cut, slices, sum_of_products, taken_along
 from ._dtypes import accumulation_dtype
 from ._sweeps import (
     GradientSweep,
@@ -24,6 +24,7 @@ from ._sweeps import (
     SecondSweep,
     ValuesSweep,
     Work,
+    definition_of,
     first_order,
     plan_of,
     total_of,
@@ -44,17 +45,17 @@ def results_of(
     function: RowFunction, how: How, operands: Operands, counted: Counted
 ) -> tuple[Tensor, ...]:
     """The results of all rows, to be differentiated to any order; 0 where a row is left out."""
-    plan, tensors = plan_of(function, how), _read_rows(function, operands, counted)
+    tensors = _read_rows(function, operands, counted)
     if not torch.compiler.is_compiling():
-        return chunked(plan.for_rows(counted.index), *tensors)
+        return chunked(plan_of(function, how).for_rows(counted.index), *tensors)
     first, *_ = operands.layers
     # A compiler fuses the passes over given logits by itself. It takes what is differentiated in a
     # Function or an operator for the end of differentiation, but not plain operations.
     if first.W is None or is_transformed():
-        return plan.fn(*tensors)
+        return definition_of(function, how)(*tensors)
     if type(function).__name__ in _FUNCTIONS:
         return run_sweep(ValuesSweep(function, how), operands.flat(), counted.mask)
-    return _in_a_graph(plan, tensors)
+    return _in_a_graph(function, how, tensors)
 
 
 def sum_of(
@@ -85,21 +86,21 @@ def _read_rows(function: RowFunction, operands: Operands, counted: Counted) -> T
     )
 
 
-def _in_a_graph(plan: Plan, tensors: Tensors) -> tuple[Tensor, ...]:
+def _in_a_graph(function: RowFunction, how: How, tensors: Tensors) -> tuple[Tensor, ...]:
     """The results in plain operations, which a compiler differentiates, for each chunk anew."""
     first = next(tensor for tensor in tensors if tensor is not None)
-    pieces = []
-    for rows in slices(first.shape[0], plan.step):
-        pairs = zip(tensors, plan.rows_in, strict=True)
+    fn, pieces = definition_of(function, how), []
+    for rows in slices(first.shape[0], how.step):
+        pairs = zip(tensors, function.has_rows, strict=True)
         part = (cut(t, rows) if has_rows and t is not None else t for t, has_rows in pairs)
-        pieces.append(checkpoint(plan.fn, *part, use_reentrant=False))
+        pieces.append(checkpoint(fn, *part, use_reentrant=False))
     return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
 
 # The sweeps as operators. A list that holds None is not differentiated, so that a mask names the
 # tensors that are there.
 _SCHEMA = (
-    "(Tensor[] tensors, Tensor? counted, bool[] present, str sweep, bool[] masks, str function, "
+    "(Tensor[] tensors, Tensor? counted, bool[] present, str sweep, str masks, str function, "
     "str[] words, float[] numbers, int step, ScalarType dtype, ScalarType logits_dtype) -> Tensor[]"
 )
 
@@ -113,7 +114,7 @@ def _described(sweep: ValuesSweep, tensors: Tensors, counted: Tensor | None) -> 
         counted,
         present,
         type(sweep).__name__,
-        sweep.told(),
+        "".join("1" if named else "0" for named in sweep.masks),
         type(function).__name__,
         *function.told(),
         how.step,
@@ -127,7 +128,7 @@ def _read(
     counted: Any,
     present: list[bool],
     sweep: str,
-    masks: list[bool],
+    masks: str,
     function: str,
     words: list[str],
     numbers: list[float],
@@ -136,7 +137,8 @@ def _read(
     """The sweep that was described, and all its tensors."""
     told = _FUNCTIONS[function].from_told(words, numbers)
     every = merge([None] * len(present), tuple(present), tensors)
-    return _SWEEPS[sweep].from_told(told, How(*how), masks), every
+    of_masks = tuple(named == "1" for named in masks)
+    return _SWEEPS[sweep].of_masks(told, How(*how), of_masks), every
 
 
 def _index(counted: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ and along a direction, in which the logits move by u = ux Wᵀ + x uWᵀ + ub an
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, NamedTuple
@@ -202,9 +202,8 @@ def logits_of(layer: Layer, how: How) -> Tensor:
     return cast(x, how.dtype)
 
 
-@functools.lru_cache(maxsize=32)
-def plan_of(function: RowFunction, how: How) -> Plan:
-    """The plan of a row function: the definition of its results and of all their derivatives."""
+def definition_of(function: RowFunction, how: How) -> Callable[..., tuple[Tensor, ...]]:
+    """A row function of its operands, in operations that can be differentiated to any order."""
 
     def fn(*tensors: Any) -> tuple[Tensor, ...]:
         if function.ranks is not None:
@@ -215,8 +214,14 @@ def plan_of(function: RowFunction, how: How) -> Plan:
         layers, others = function.operands(tensors)
         return function(tuple(logits_of(layer, how) for layer in layers), others)
 
-    sweep = ValuesSweep(function, how)
-    return Plan(fn, function.has_rows, (True,) * function.results, how.step, sweep)
+    return fn
+
+
+@functools.lru_cache(maxsize=32)
+def plan_of(function: RowFunction, how: How) -> Plan:
+    """The plan of a row function, with the loops as its sweeps."""
+    fn, results = definition_of(function, how), (True,) * function.results
+    return Plan(fn, function.has_rows, results, how.step, ValuesSweep(function, how))
 
 
 def total_of(function: RowFunction, how: How, index: Tensor | None) -> Total:
@@ -336,11 +341,6 @@ class Chunk(NamedTuple):
     logits: list[Tensor]
     blocks: list[slice]  # of these rows, that a CPU finds in its cache
 
-    def room(self, values: Tensor, layer: Layer) -> Tensor:
-        """Where a gradient like some values goes: over them, unless they are a caller's own."""
-        is_own = layer.W is not None or len(self.blocks) == 1
-        return values if is_own else torch.empty_like(values)
-
     def rows_of(self, block: slice) -> Rows:
         """A block of these rows, counted among all rows."""
         if isinstance(self.rows, Tensor):
@@ -361,15 +361,18 @@ def first_order(
     logits_needed = tuple(map(any, needed.layers))
     needs = Parts(logits_needed, needed.others, (values_too,) * function.results)
     for chunk in work.chunks():
-        pairs = zip(chunk.logits, layers, strict=True)
-        gradients = [chunk.room(z, layer) for z, layer in pairs]
+        gradients = list(chunk.logits)
         for block in chunk.blocks:
             rows = chunk.rows_of(block)
             first = function.first(work.parts(chunk, block, factors), needs)
             if values_too:
                 _write_among(results, first.results, rows, work)
             for i in compress(range(len(layers)), logits_needed):
-                gradients[i] = _add_gradient(out.layers[i], gradients[i], block, first.logits[i])
+                if layers[i].W is None:
+                    _place(out.layers[i].x, rows, first.logits[i])
+                else:
+                    sums, z = out.layers[i], chunk.logits[i]
+                    gradients[i] = _add_gradient(sums, z, block, first.logits[i])
             _add_to_others(out.others, first.others, work, rows)
             del first  # before the next one is made, as it may be as large as a chunk
         for layer, sums, x, g in zip(layers, out.layers, chunk.inputs, gradients, strict=True):
@@ -435,8 +438,7 @@ class _Second:
         function, layers = self.work.function, self.work.operands.layers
         pairs = zip(self.moves, chunk.inputs, strict=True)
         changes = [move.along(x, chunk.rows, group) for move, x in pairs]
-        h = [chunk.room(u, layer) for u, layer in zip(changes, layers, strict=True)]
-        g = list(chunk.logits)
+        h, g = list(changes), list(chunk.logits)
         out = [_of_group(sums, group) for sums in self.out.layers]
         for block, (at, point) in zip(chunk.blocks, points, strict=True):
             rows = chunk.rows_of(block)
@@ -444,14 +446,17 @@ class _Second:
             self._write(second.results, rows, group)
             _add_to_others(self.out.others, second.others, self.work, rows)
             for i, change in enumerate(second.logits):
-                h[i] = _add_gradient(out[i], h[i], block, change)
+                if layers[i].W is None and out[i].x is not None:
+                    _place(out[i].x, rows, change.squeeze(1))
+                elif layers[i].W is not None:
+                    h[i] = _add_gradient(out[i], changes[i], block, change)
             if self.crosses:
                 for i, gradient in enumerate(function.gradient(point, at)):
-                    g[i] = _put(g[i], block, gradient)
+                    g[i] = _put(chunk.logits[i], block, gradient)
             del second, point
         for i, move in enumerate(self.moves):
             layer = layers[i]._replace(x=chunk.inputs[i])
-            _pull_back(out[i], layer, h[i].flatten(1), chunk.rows)
+            _pull_back(out[i], layer, h[i], chunk.rows)
             if move.crosses(out[i]):
                 _add_crossed(out[i], move, g[i], chunk.rows)
 
@@ -565,9 +570,14 @@ def _add_to_others(
     """Write the gradients of rows, and add up the gradients of what all rows share."""
     for total, gradient, has_rows in zip(totals, gradients, work.function.rows_in, strict=True):
         if total is not None and has_rows:
-            total[rows] = gradient
+            _place(total, rows, gradient)
         elif total is not None:
             total.add_(gradient)
+
+
+def _place(total: Tensor, rows: Rows, values: Tensor) -> None:
+    """Write the values of some rows."""
+    total[rows] = cast(values, total.dtype)  # which only a slice would do by itself
 
 
 def _put(into: Tensor, block: slice, value: Tensor) -> Tensor:
@@ -593,11 +603,7 @@ def _write_among(results: list[Tensor], values: tuple[Tensor, ...], rows: Rows, 
 def _pull_back(out: Layer, layer: Layer, g: Tensor, rows: Rows) -> None:
     """Write the gradient of a chunk's x, and add the gradient of W, for the gradient of logits."""
     x, W, _ = layer
-    if W is None:
-        if out.x is not None:
-            out.x[rows] = g
-        return
-    if out.x is None and out.W is None:
+    if W is None or (out.x is None and out.W is None):
         return
     g = cast(g, multiplied_in(W.dtype, W.device))
     if out.x is not None:
@@ -659,13 +665,14 @@ class ValuesSweep:
     def _mask(self, of_operands: bool, of_results: bool) -> Mask:
         return (of_operands,) * self.operands + (of_results,) * self.function.results
 
-    def told(self) -> list[bool]:
+    @property
+    def masks(self) -> Mask:
         """What tells the sweep, for an operator."""
-        return []
+        return ()
 
     @classmethod
-    def from_told(cls, function: RowFunction, how: How, masks: list[bool]) -> "ValuesSweep":
-        """The sweep that is told so."""
+    def of_masks(cls, function: RowFunction, how: How, masks: Mask) -> "ValuesSweep":
+        """The sweep of these masks."""
         return ValuesSweep(function, how)
 
     def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:
@@ -703,14 +710,15 @@ class GradientSweep(ValuesSweep):
         """The gradients by operands."""
         return (*self.wanted, *(False,) * self.function.results)
 
-    def told(self) -> list[bool]:
+    @property
+    def masks(self) -> Mask:
         """The operands that are wanted."""
-        return list(self.wanted)
+        return self.wanted
 
     @classmethod
-    def from_told(cls, function: RowFunction, how: How, masks: list[bool]) -> "ValuesSweep":
-        """The sweep that is told so."""
-        return GradientSweep(function, how, tuple(masks))
+    def of_masks(cls, function: RowFunction, how: How, masks: Mask) -> "ValuesSweep":
+        """The sweep of these masks."""
+        return GradientSweep(function, how, masks)
 
     def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:
         """The gradients, each of the shape of its operand."""
@@ -756,15 +764,16 @@ class SecondSweep(ValuesSweep):
         """What is wanted."""
         return self.wanted
 
-    def told(self) -> list[bool]:
-        """What moves and what is wanted."""
-        return [*self.moved, *self.wanted, self.has_factors, self.many]
+    @property
+    def masks(self) -> Mask:
+        """What moves and what is wanted, and what is given."""
+        return (*self.moved, *self.wanted, self.has_factors, self.many)
 
     @classmethod
-    def from_told(cls, function: RowFunction, how: How, masks: list[bool]) -> "ValuesSweep":
-        """The sweep that is told so."""
-        *masks, has_factors, many = masks
-        moved, wanted = split(masks, len(masks) // 2)
+    def of_masks(cls, function: RowFunction, how: How, masks: Mask) -> "ValuesSweep":
+        """The sweep of these masks."""
+        *both, has_factors, many = masks
+        moved, wanted = split(both, len(both) // 2)
         return SecondSweep(function, how, moved, wanted, has_factors, many)
 
     def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:

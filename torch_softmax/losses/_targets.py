@@ -138,7 +138,7 @@ class Counted(NamedTuple):
         """All rows, to be multiplied: 0 where a mask leaves a row out, whatever it holds."""
         if self.mask is None:
             return rows
-        return rows.masked_fill(~self.mask.view(-1, *(1 for _ in rows.shape[1:])), 0)
+        return rows.masked_fill(~self.mask.view(rows.shape[0], *(1 for _ in rows.shape[1:])), 0)
 
     def select(self, values: Tensor) -> Tensor:
         """The values of the rows that count, where their index is known."""

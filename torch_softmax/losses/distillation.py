@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import _checks as checks
 from ._autograd import Mask
 from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype, widest
+from ._formulas import per_row
 from ._operators import named_in_operators, results_of, sum_of
 from ._sweeps import How, Layer, Operands, Parts, RowFunction
 from ._targets import REDUCTIONS, Counted
@@ -121,7 +122,6 @@ class Divergence(RowFunction):
 
     def second(self, point: _Pair, at: Parts, along: Parts, needed: Mask) -> Parts:
         """The changes by hand."""
-        student, teacher = point
         moved = [
             _moved_side(side, u / self.temperature)
             for side, u in zip(point, along.logits, strict=True)
@@ -143,9 +143,9 @@ class Divergence(RowFunction):
             else:
                 other = changes[1 - i]
                 h = change.p - other.p
-            h = self.temperature * h * _column(factor, h)
+            h = self.temperature * h * per_row(factor, h)
             g = slopes[i].unsqueeze(1)
-            by_logits.append(h + g * _column(change_of_factor, g))
+            by_logits.append(h + g * per_row(change_of_factor, g))
         values = sum(
             (slope.unsqueeze(1) * u).sum(2) for slope, u in zip(slopes, along.logits, strict=True)
         )
@@ -158,7 +158,7 @@ class Divergence(RowFunction):
     def _gradients(self, pair: _Pair, at: Parts, needed: Mask) -> tuple[Any, ...]:
         (factor,) = at.results
         slopes = self._slopes(pair, needed)
-        return tuple(None if g is None else g.mul_(_column(factor, g)) for g in slopes)
+        return tuple(None if g is None else g.mul_(per_row(factor, g)) for g in slopes)
 
     def _shares(self) -> tuple[float, float]:
         """What KL of the student's q, and of the teacher's p, count for in the divergence."""
@@ -212,10 +212,6 @@ def _moved_product(side: _Side, change: _Side) -> Tensor:
     centred = ratio - (p * ratio).sum(2, keepdim=True)
     of_mean = (change.p * ratio + p * change.ratio).sum(2, keepdim=True)
     return change.p * centred + p * (change.ratio - of_mean)
-
-
-def _column(factor: Any, like: Tensor) -> Any:
-    return factor.view(-1, *(1 for _ in like.shape[1:])) if isinstance(factor, Tensor) else factor
 
 
 def divergence_of(divergence: str, beta: object, temperature: object) -> Divergence:

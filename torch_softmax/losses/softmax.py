@@ -33,7 +33,7 @@ class SoftmaxFunction(Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        with nested_forward_mode(ctx) as saved:
+        with nested_forward_mode(ctx.saved_tensors) as saved:
             return _jacobian_product(saved, tangent, ctx.dim)
 
 
