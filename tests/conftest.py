@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.regression import CLASSES, WEIGHT_DECAY, probabilities
+
 Objective = None
 from torch_softmax.mnist.data import load_dataset
 
