@@ -17,8 +17,9 @@ from .. import _checks as checks
 from .._transforms import is_in_func
 from ..losses._dtypes import product_dtype
 from ..losses._formulas import Target
+from ..losses._sweeps import Layer
 from ..losses._targets import Options, Terms, fold
-from ..losses.linear import Layer, check, default_chunk_size, dtypes_and_chunks, loss_of_layer
+from ..losses.linear import check, default_chunk_size, dtypes_and_chunks, loss_of_layer
 
 # By how much the marks of floating-point values may differ: ranks may round in another order.
 _ROUNDING = 0.02
@@ -59,22 +60,28 @@ def sharded_cross_entropy(
         raise NotImplementedError(
             "torch.func needs all classes in one process, got a linear_weight that is sharded"
         )
-    shard = ClassShard.of(layer.linear_weight)
+    shard = ClassShard.of(layer.W)
     dtype = product_dtype(*layer)
     shard.agree(
-        {**layer._asdict(), "target": target, "weight": options.weight},
+        {
+            "input": layer.x,
+            "linear_weight": layer.W,
+            "linear_bias": layer.b,
+            "target": target,
+            "weight": options.weight,
+        },
         dtype=(dtype, options.dtype),
         reduction=options.reduction,
         ignore_index=options.ignore_index,
         label_smoothing=options.label_smoothing,
         chunk_size=chunk_size,
     )
-    features = layer.linear_weight.shape[-1]
-    step = chunk_size or default_chunk_size(shard.step, features, layer.input.device)
-    returned, how = dtypes_and_chunks(layer, target, options, step, shard.ranks)
+    step = chunk_size or default_chunk_size(shard.step, layer.W.shape[-1], layer.x.device)
+    returned, how = dtypes_and_chunks(layer, target, options, step)
     local = shard.layer(layer, dtype)
     terms = shard.terms(target, options, how.dtype)
-    return loss_of_layer(local, terms, options.reduction, how).to(returned)
+    loss = loss_of_layer(local, terms, options.reduction, how, across=shard.ranks)
+    return loss.to(returned)
 
 
 @dataclass(frozen=True)

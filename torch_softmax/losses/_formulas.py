@@ -206,7 +206,8 @@ class Row:
         exponentials = (self.z - self.largest).exp_()
         gap = self.y.below(self.largest, self.z)
         total, gap = self.across.total(exponentials.sum(1), gap)
-        return exponentials.div_(total.unsqueeze(1)), total.log(), gap
+        # Forward mode takes no result that is a view of the message.
+        return exponentials.div_(total.unsqueeze(1)), total.log(), gap.clone()
 
     @cached_property
     def softmax(self) -> Tensor:
