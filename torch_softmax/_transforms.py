@@ -54,10 +54,14 @@ def _ends_inference_mode() -> bool:
     return not any(seen)
 
 
+# Torch 2.6 has no such function.
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 def has_saved_tensors_hooks() -> bool:
     """Whether someone packs what is saved for a backward, as activation checkpoints do."""
-    if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
-        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if _top_hooks is not None:
+        return _top_hooks(True) is not None
     # Torch 2.6 can't be asked, but refuses to switch hooks off where there are any.
     try:
         with disable_saved_tensors_hooks("asked whether there are hooks"):

@@ -12,9 +12,9 @@ from ._transforms import unwrapped
 from .losses import distillation, linear, log_prob, logits, mapped
 from .losses import softmax as _softmax
 from .losses._autograd import overridable
-from .losses._small import Batch, loss_if_small
+from .losses._small import small_loss
 from .losses._sweeps import Layer
-from .losses._targets import Options, logit_options_of, options_of, row_options_of
+from .losses._targets import logit_options_of, options_of, row_options_of
 from .losses.log_prob import LogProb
 
 __all__ = [
@@ -112,9 +112,9 @@ def cross_entropy(
 
     Source: Bishop, Pattern Recognition and Machine Learning (2006), equations 4.108 and 4.109.
     """
-    given = Options(weight, ignore_index, reduction, label_smoothing, dtype)
-    if (small := loss_if_small(Batch(input, None, None, target), given)) is not None:
-        return small
+    batch, numbers = (input, None, None, target), (ignore_index, label_smoothing, 1.0, 0.0)
+    if small := small_loss(batch, reduction, numbers, (weight, dtype)):
+        return small[0]
     options = options_of(weight, ignore_index, reduction, label_smoothing, dtype)
     return logits.cross_entropy(input, target, options)
 
@@ -197,26 +197,19 @@ def linear_cross_entropy(
 
     Source: Bishop, Pattern Recognition and Machine Learning (2006), equations 4.108 to 4.110.
     """
-    extra = linear.NO_EXTRA
-    # A tensor is looked at: it may require a gradient, which it would not get.
-    are_floats = type(logit_scale) is float and type(z_loss) is float
-    are_none = softcap is None and row_weight is None and count is None
-    if not (are_none and are_floats and logit_scale == 1 and z_loss == 0):
-        extra = linear.Extra(
-            row_options_of(row_weight, count), logit_options_of(softcap, logit_scale, z_loss)
-        )
-    if chunk_size is None and extra is linear.NO_EXTRA:
-        ignored = -100 if ignore_index is None else ignore_index
-        given = Options(weight, ignored, reduction, label_smoothing, dtype)
-        batch = Batch(input, linear_weight, linear_bias, target)
-        if (small := loss_if_small(batch, given)) is not None:
-            return small
+    ignored = -100 if ignore_index is None else ignore_index
+    numbers = (ignored, label_smoothing, logit_scale, z_loss)
+    others = (weight, dtype, chunk_size, softcap, row_weight, count)
+    batch = (input, linear_weight, linear_bias, target)
+    if small := small_loss(batch, reduction, numbers, others):
+        return small[0]
+    extra = linear.Extra(
+        row_options_of(row_weight, count), logit_options_of(softcap, logit_scale, z_loss)
+    )
     layer = Layer(input, linear_weight, linear_bias)
-    if ignore_index is None:
-        ignore_index = -100
-    elif isinstance(target, Tensor) and target.is_floating_point():
+    if ignore_index is not None and isinstance(target, Tensor) and target.is_floating_point():
         raise ValueError(f"ignore_index must be None for class probabilities, got {ignore_index!r}")
-    options = options_of(weight, ignore_index, reduction, label_smoothing, dtype)
+    options = options_of(weight, ignored, reduction, label_smoothing, dtype)
     chunk_size = checks.chunk_size(chunk_size)
     if _any_sharded(*layer, target, weight):
         from .distributed._sharded import sharded_cross_entropy

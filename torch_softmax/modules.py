@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from . import _checks as checks
 from . import functional
-from .losses._small import Batch, loss_and_predicted_if_small
+from .losses._small import small_loss
 from .losses._targets import (
-    NO_OPTIONS,
     check_classes,
     logit_options_of,
     options_of,
@@ -83,9 +82,10 @@ class SoftmaxRegression(nn.Linear):
             >>> torch.equal(predicted, model.predict(torch.eye(2)))
             True
         """
-        batch = Batch(input, self.weight, self.bias, target)
-        if (both := loss_and_predicted_if_small(batch, NO_OPTIONS)) is not None:
-            return both
+        batch = (input, self.weight, self.bias, target)
+        if small := small_loss(batch, "mean", (-100, 0.0, 1.0, 0.0), predict=True):
+            loss, predicted = small
+            return loss, predicted
         with torch.no_grad():
             predicted = self.predict(input)
         return self.loss(input, target), predicted

@@ -397,13 +397,13 @@ MUTANTS = [
         (
             "small: forget the 1/B",
             "_total",
-            lambda f: lambda count, dtype, reduction, predict: f(count, dtype, "sum", predict),
+            lambda f: lambda count, dtype, reduction, *more: f(count, dtype, "sum", *more),
         ),
         ("small: skip the bias", "_logits", lambda f: lambda x, W, b: f(x, W, None)),
         (
             "small: forget the 1/B of second derivatives",
             "_factors",
-            lambda f: lambda x, scale: None,
+            lambda f: lambda x, reduction: None,
         ),
     ),
     *mutants(

@@ -1,153 +1,151 @@
-"""The loss of a small batch in a handful of kernels, with its gradients taken along.
+"""The loss of a small batch on a CPU in a handful of kernels, with its gradients.
 
     L = −c Σ_n log S_n,label  and  ∂L/∂z = c (S − y),  with c = 1/N for a mean and 1 for a sum
 
-It is what the sweeps come to for one block of logits, without an option to look after. For so few
-logits it is Python, not arithmetic, that takes the time: this is tried before the arguments are
-looked at any closer, and leaves to the others whatever it does not know.
+A step on so few logits spends its time in Python, not in kernels. So everything that decides
+whether a batch is small is one key, and a cache holds the loss for each key.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .. import _checks as checks
-from .._transforms import is_differentiated
+from .._transforms import has_saved_tensors_hooks, is_differentiated, is_in_func
 from . import _formulas as formulas
-from ._autograd import Mask, Tensors, may_take_gradients
-from ._chunked import Sum, Total, taken_along
-from ._dtypes import is_autocast
+from ._autograd import Mask, Tensors
+from ._chunked import Sum, TakenAlong, Total
 from ._numbers import RowNumbers
 from ._sweeps import FEW_CLASSES, How, cached_rows, plan_of
-from ._targets import Options
 
-_DTYPES = (torch.float32, torch.float64)
-_CLASSES = (Tensor, torch.nn.Parameter)
-
-
-class Batch(NamedTuple):
-    """What a loss was called with, of any type and shape; these are those of a small one."""
-
-    x: Any  # (N, D); or without a W, the logits (N, K) themselves
-    W: Any  # (K, D), of few classes; or None
-    b: Any  # (K,), or None
-    label: Any  # (N,), int64, all of them in range, and none ignored
+_NUMBERS, _NONE = (int, float, float, float), {type(None)}
+# x (N, D), W (K, D), b (K,) or None, and class indices (N,); or logits (N, K), None, None, and
+# class indices. Anything else is no small batch.
+Batch = tuple[Any, Any, Any, Any]
 
 
-def loss_if_small(batch: Batch, options: Options) -> Tensor | None:
-    """The mean or sum of the losses of a small batch on a CPU; None for any other."""
-    if not _is_small(batch, options):
-        return None
-    loss, *_ = taken_along(_total_of(batch.x, options.reduction), *batch)
-    return loss
+def small_loss(
+    batch: Batch,
+    reduction: Any,
+    numbers: tuple[Any, ...],
+    left_out: tuple[Any, ...] = (),
+    *,
+    predict: bool = False,
+) -> tuple[Tensor, ...] | None:
+    """The loss of a small batch as `(loss,)`, or `(loss, predicted)` with the likeliest classes.
 
-
-def loss_and_predicted_if_small(batch: Batch, options: Options) -> tuple[Tensor, Tensor] | None:
-    """The same with the class of the largest logit of each row, (N,), int64."""
-    if not _is_small(batch, options):
-        return None
-    loss, predicted = taken_along(_total_of(batch.x, options.reduction, predict=True), *batch)
-    return loss, predicted
-
-
-def _is_small(batch: Batch, options: Options) -> bool:
-    """Whether it is; raises where only a label that is out of range speaks against it."""
-    if torch.compiler.is_compiling() or not _are_left_out(options) or is_autocast("cpu"):
-        return False
-    if is_differentiated() and not may_take_gradients():
-        return False
-    classes = _classes_if_they_fit(*batch)
-    if classes is None:
-        return False
-    return not checks.labels(batch.label, classes, options.ignore_index)
-
-
-def _are_left_out(options: Options) -> bool:
-    """Whether no option asks for more than a mean or a sum."""
-    weight, ignore_index, reduction, label_smoothing, dtype = options
-    return (
-        weight is None
-        and dtype is None
-        and reduction in ("mean", "sum")
-        and type(ignore_index) is int
-        and type(label_smoothing) in (float, int)
-        and label_smoothing == 0
-    )
-
-
-def _classes_if_they_fit(x: Any, W: Any, b: Any, label: Any) -> int | None:
-    """K, if a batch's tensors fit together, on a CPU whose cache its logits fit."""
-    if not (
-        type(x) in _CLASSES
-        and x.is_cpu
-        and x.dtype in _DTYPES
-        and x.dim() == 2
-        and type(label) in _CLASSES
-        and label.is_cpu
-        and label.dtype == torch.int64
+    The numbers are ignore_index, label_smoothing, logit_scale and z_loss; the other options must be
+    None. A result of None leaves the work, and the errors, to the general way.
+    """
+    grad = torch.is_grad_enabled()
+    if (
+        torch.compiler.is_compiling()
+        # A tensor may require a gradient, which it would not get, and must not enter the cache.
+        or tuple(map(type, numbers)) != _NUMBERS
+        or not _NONE.issuperset(map(type, left_out))
+        or torch.is_autocast_enabled("cpu")
+        # A transform differentiates each gradient again, and hooks want nothing saved beside them.
+        or is_in_func()
+        or forward_ad._current_level >= 0
+        or (grad and has_saved_tensors_hooks())
     ):
         return None
-    count, classes = x.shape
-    if W is not None:
-        if not (_is_like(W, x) and W.dim() == 2 and W.shape[1] == classes):
+    x, W, b, label = batch
+    try:
+        total = _total_if_small(
+            (type(x), x.shape, x.dtype, x.device),
+            None if W is None else (type(W), W.shape, W.dtype, W.device),
+            None if b is None else (type(b), b.shape, b.dtype, b.device),
+            (type(label), label.shape, label.dtype, label.device),
+            (reduction, numbers, predict),
+            torch.get_num_threads(),
+        )
+        if total is None:
             return None
-        classes = W.shape[0]
-        if classes > FEW_CLASSES or not (b is None or (_is_like(b, x) and b.shape == (classes,))):
-            return None
-    fits = label.shape == (count,) and count * classes > 0 and count <= cached_rows(classes)
-    return classes if fits else None
+    except (AttributeError, TypeError, RuntimeError):  # an argument without a shape, or a hash
+        return None
+    try:
+        if grad:
+            results: tuple[Tensor, ...] = SmallLoss.apply(total, *batch)
+            return results
+        loss, _, predicted = total.run(batch, (False,) * 4)
+        return loss, *predicted
+    except (IndexError, RuntimeError):  # kernels refuse labels that are ignored or out of range
+        return None
 
 
-def _is_like(tensor: Any, x: Tensor) -> bool:
-    """Whether an argument is a tensor in the dtype of x, and on a CPU as well."""
-    return type(tensor) in _CLASSES and tensor.is_cpu and tensor.dtype == x.dtype
+class SmallLoss(TakenAlong):
+    """A sum with its gradients, of which most are for a plain backward of the loss itself."""
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *others: Tensor) -> Any:
+        gradients = ctx.taken
+        if gradients is None or is_differentiated() or upstream.item() != 1:
+            return TakenAlong.backward(ctx, upstream, *others)
+        ctx.taken = None
+        return None, *gradients
 
 
-def _total_of(x: Tensor, reduction: str, *, predict: bool = False) -> Total:
-    return _total(x.shape[0], x.dtype, reduction, predict)
+@functools.lru_cache(maxsize=256)
+def _total_if_small(x: Any, W: Any, b: Any, label: Any, options: Any, _: int) -> Total | None:
+    """The loss as a function of a batch; None for arguments that are not a small batch."""
+    (_, shape, dtype, device), (reduction, (ignored, *numbers), predict) = x, options
+    count, classes = shape if len(shape) == 2 else (0, 0)
+    K = classes if W is None else W[1][0] if W[1] else 0
+    expected = [(x, (count, classes)), (W, (K, classes)), (b, (K,))]
+    fits = (
+        all(t is None or t[1:] == (size, dtype, device) for t, size in expected)
+        and all(t is None or t[0] in (Tensor, torch.nn.Parameter) for t in (x, W, b, label))
+        and label[1:] == ((count,), torch.int64, device)
+        and device.type == "cpu"
+        and dtype in (torch.float32, torch.float64)
+        and (W is None or K <= FEW_CLASSES)
+        and 0 < count <= cached_rows(K)
+        and K > 0
+    )
+    # An ignored label that is a class would pass the kernels' check.
+    plain = numbers == [0, 1, 0] and reduction in ("mean", "sum") and not 0 <= ignored < K
+    return _total(count, dtype, reduction, predict, ignored) if fits and plain else None
 
 
-@functools.lru_cache(maxsize=32)
-def _total(count: int, dtype: torch.dtype, reduction: str, predict: bool) -> Total:
-    """The loss, a function of a batch; where it is differentiated again, it is the plan's."""
-    scale = 1 / count if reduction == "mean" else 1
+def _total(
+    count: int, dtype: torch.dtype, reduction: str, predict: bool, ignore_index: int
+) -> Total:
+    """The loss as a function of a batch; differentiated again, it is the plan's."""
 
-    def run(batch: Any, wanted: Mask) -> Sum:
+    def run(batch: Any, needed: Mask) -> Sum:
         x, W, b, label = batch
-        by_x, by_W, by_b, _ = wanted
+        by_x, by_W, by_b, _ = needed
         # The classes come first where a layer makes the logits: W xᵀ is faster than x Wᵀ.
         z, dim = (x, 1) if W is None else (_logits(x, W, b), 0)
-        others = (z.max(dim).indices,) if predict else ()  # faster than argmax
+        predicted = (z.max(dim).indices,) if predict else ()  # faster than argmax
         log_S = torch.log_softmax(z, dim)
-        loss = F.nll_loss(log_S if W is None else log_S.t(), label, reduction=reduction)
+        of_rows = log_S if W is None else log_S.t()
+        loss = F.nll_loss(of_rows, label, ignore_index=ignore_index, reduction=reduction)
         if not (by_x or by_W or by_b):
-            return Sum(loss, (None,) * 4, others)
+            return Sum(loss, (None,) * 4, predicted)
         g = formulas.subtract_one_hot_(log_S.exp_(), label, dim)
+        if reduction == "mean":
+            g.mul_(1 / count)
         if W is None:
-            return Sum(loss, (g.mul_(scale), None, None, None), others)
-        gradients = (
-            torch.addmm(x, g.t(), W, beta=0, alpha=scale) if by_x else None,
-            torch.addmm(W, g, x, beta=0, alpha=scale) if by_W else None,
-            None if not by_b else g.mean(1) if reduction == "mean" else g.sum(1),
-            None,
-        )
-        return Sum(loss, gradients, others)
+            return Sum(loss, (g, None, None, None), predicted)
+        by_layer = (g @ x if by_W else None, g.sum(1) if by_b else None)
+        return Sum(loss, (g.t() @ W if by_x else None, *by_layer, None), predicted)
 
     def complete(batch: Tensors) -> Tensors:
         x, *_ = batch
-        assert x is not None
-        factor = _factors(x, scale)
+        factor = _factors(x, reduction)
         return (*batch, None, None, None, factor, factor)
 
     return Total(plan_of(RowNumbers(), How(count, dtype, dtype)), run, complete)
 
 
-def _factors(x: Tensor, scale: float) -> Tensor | None:
-    """The scale as a factor of each row, (N,); None stands for 1."""
-    return None if scale == 1 else x.new_full(x.shape[:1], scale)
+def _factors(x: Any, reduction: str) -> Tensor | None:
+    """The factor of each row, (N,); None stands for 1."""
+    return x.new_full(x.shape[:1], 1 / x.shape[0]) if reduction == "mean" else None
 
 
 def _logits(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

@@ -90,7 +90,7 @@ def row_options_of(row_weight: object, count: object) -> RowOptions:
 def logit_options_of(softcap: object, logit_scale: object, z_loss: object) -> LogitOptions:
     """What is done with logits, checked."""
     scale, penalty = checks.number("logit_scale", logit_scale), checks.number("z_loss", z_loss)
-    if not -math.inf < scale < math.inf:
+    if not abs(scale) < math.inf:  # nor for nan; a compiler may not know isfinite
         raise ValueError(f"logit_scale must be finite, got {scale}")
     checks.finite("z_loss", penalty)
     cap = math.inf

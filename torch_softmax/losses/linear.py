@@ -43,9 +43,6 @@ class Extra(NamedTuple):
         return next((name for name, is_given in are_given.items() if is_given), "")
 
 
-NO_EXTRA = Extra()
-
-
 def linear_cross_entropy(
     layer: Layer, target: Tensor, options: Options, extra: Extra, chunk_size: int | None
 ) -> Tensor:
