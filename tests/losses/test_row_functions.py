@@ -1,4 +1,4 @@
-"""What is done by hand is the plan's own evaluation, for every row function and all that is asked."""
+"""What is done by hand is the evaluation of the plan, for every row function and what is asked."""
 
 from dataclasses import replace
 from itertools import product
