@@ -376,46 +376,48 @@ def map_logits(
     *rows: Tensor | None,
     linear_bias: Tensor | None = None,
     shared: Sequence[Tensor | None] = (),
+    mask: Tensor | None = None,
     reduction: str = "none",
     chunk_size: int | None = None,
 ) -> Any:
-    """Any function of a linear layer's logits, worked out and differentiated a few rows at a time.
+    """Any function of one row of a linear layer's logits, differentiated a few rows at a time.
 
-    What `fn(z, *rows, *shared)` gives for z = x Wᵀ + b, which is never held for more than
-    `chunk_size` rows. Its derivatives are those of `fn` in chunks too, of every order and in every
-    mode that `fn` has, for all the tensors that it is given.
+    `fn(z_n, *rows_n, *shared)` for each row n of z = x Wᵀ + b, which is never held for more than
+    `chunk_size` rows. Its derivatives are computed in chunks too, of every order and in every mode
+    that `fn` has, for all the tensors that it is given.
 
     Args:
-        fn: The results (n, ...), a tensor or a tuple of tensors, for the logits (n, C) of any few
-            rows, the same rows of each of `rows`, and each of `shared` whole. It must work out each
-            row for itself, from what it is given: with the same numbers each time, and in
-            operations that can be differentiated and write to none of that. Outside of transforms
-            it is tried on two rows first. What else it looks at must not change before backward.
-            Half precision comes as float32 logits.
+        fn: A function of one row, that returns a tensor, such as a number (), or a tuple of
+            tensors. It is given the row's logits (C), the row's element of each of `rows`, and each
+            of `shared` whole. `torch.vmap` maps it over rows, so that it can't branch on numbers
+            (use `torch.where`) nor draw random ones (pass them in `rows`). It is called once for
+            each chunk, and again for derivatives. Half precision comes as float32 logits.
         input: x, (..., D) with any leading dimensions, of a floating-point dtype.
         linear_weight: W, (C, D).
         rows: Tensors with these leading dimensions, and any further ones; or None.
         linear_bias: b, (C).
-        shared: Tensors that all rows need, such as a weight for each class; or None.
-        reduction: 'none', or 'sum' or 'mean' over the rows. Where `fn` returns one tensor, these
-            take the gradients along in the forward pass, for three matrix products in all.
+        shared: Tensors that all rows need, such as a weight for each class; or None. Parameters
+            that get a gradient must be here.
+        mask: Which rows count, a bool (...). The others are not multiplied, whatever they hold, and
+            have results of 0. On a GPU the number of these is waited for. None for all rows.
+        reduction: 'none', or 'sum' or 'mean' over the rows that count. Where `fn` returns one
+            number, these take the gradients along in the forward pass, for three matrix products.
         chunk_size: The rows whose logits are held at a time; None for as many as give 2²⁴ logits,
             but at least 512.
 
     Returns:
-        What `fn` returns, (..., ...) with the leading dimensions of `input`; or without them where
-        it is reduced. The mean over no rows at all is nan, and its gradient 0.
+        What `fn` returns, with the leading dimensions of `input` in front; or without them where it
+        is reduced. The mean over no rows at all is nan, and its gradient 0.
 
     Raises:
         TypeError: An argument, or what `fn` returns, has the wrong type or dtype.
-        ValueError: Shapes don't fit; `fn` returns no row for each row; it draws random numbers or
-            returns others when it is called again; a row's result depends on the rows beside it;
+        ValueError: Shapes don't fit; `fn` can't be mapped over rows, or writes to what it is given;
             or it depends on a tensor that is differentiated and that it was not given.
         NotImplementedError: `linear_weight` is sharded.
 
     Example:
         >>> def focal(logits, label):  # (1 − S_label)² (−log S_label)
-        ...     log_prob = logits.log_softmax(1).gather(1, label.unsqueeze(1)).squeeze(1)
+        ...     log_prob = logits.log_softmax(0)[label]
         ...     return (1 - log_prob.exp()) ** 2 * -log_prob
         >>> input, linear_weight = torch.eye(2), torch.zeros(3, 2, requires_grad=True)
         >>> loss = map_logits(focal, input, linear_weight, torch.tensor([0, 2]), reduction="mean")
@@ -429,8 +431,10 @@ def map_logits(
         raise TypeError("shared must be a tuple of tensors, got a tensor")
     layer = Layer(input, linear_weight, linear_bias)
     chunk_size = checks.chunk_size(chunk_size)
-    _refuse_sharded("map_logits", *layer, *rows, *shared)
-    return mapped.map_logits(fn, [layer], rows, shared, reduction=reduction, chunk_size=chunk_size)
+    _refuse_sharded("map_logits", *layer, *rows, *shared, mask)
+    return mapped.map_logits(
+        fn, layer, rows, shared, reduction=reduction, mask=mask, chunk_size=chunk_size
+    )
 
 
 def _any_sharded(*tensors: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Any function of a layer's logits in chunks: what it is for all logits at once, or it raises."""
+"""A function of one row of a layer's logits in chunks: what it is for all logits, or it raises."""
 
 import math
 
@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from tests.helpers import NewTensors, assert_differentiable, assert_same, randn
 from torch_softmax.functional import map_logits
-from torch_softmax.losses import mapped
-from torch_softmax.losses.linear import Layer
 
 N, D, K = 7, 3, 40
 
@@ -20,8 +18,8 @@ every_reduction = pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 
 
 def one(z, label, factor, scale):
-    """A number for each row, of rows and of what they share."""
-    return torch.logsumexp(z * scale, 1) * factor - z.gather(1, label.unsqueeze(1)).squeeze(1)
+    """A number, of the row's own and of what all rows share."""
+    return torch.logsumexp(z * scale, 0) * factor - z[label]
 
 
 def two(z, label, factor, scale):
@@ -30,6 +28,10 @@ def two(z, label, factor, scale):
 
 
 FUNCTIONS = [one, two]
+
+
+def reduced(rows, reduction):
+    return {"none": rows, "sum": rows.sum(0), "mean": rows.mean(0)}[reduction]
 
 
 def problem(classes=K):
@@ -46,7 +48,12 @@ def in_chunks(fn, label, **options):
 
 def at_once(fn, label, reduction="none"):
     def applied(x, W, b, factor, scale):
-        results = fn(F.linear(x, W, b), label, factor, scale)
+        each = zip(F.linear(x, W, b), label, factor, strict=True)
+        results = [fn(*row, scale) for row in each]
+        if isinstance(results[0], tuple):
+            results = tuple(map(torch.stack, zip(*results, strict=True)))
+        else:
+            results = torch.stack(results)
         if reduction == "none":
             return results
         every = results if isinstance(results, tuple) else (results,)
@@ -97,31 +104,6 @@ def test_a_third_derivative():
     assert_same(third(in_chunks(one, label, chunk_size=3)), third(at_once(one, label)))
 
 
-def divergence(z, other):
-    """Of the softmax of one layer's logits from that of another's."""
-    return F.kl_div(z.log_softmax(1), other.log_softmax(1), reduction="none", log_target=True).sum(
-        1
-    )
-
-
-@every_reduction
-def test_logits_of_two_layers(reduction):
-    x, W, other_x, other_W = randn(N, D), randn(K, D), randn(N, 2), randn(K, 2)
-
-    def actual(x, W, other_x, other_W):
-        layers = [Layer(x, W, None), Layer(other_x, other_W, None)]
-        return mapped.map_logits(divergence, layers, (), reduction=reduction, chunk_size=3)
-
-    def expected(x, W, other_x, other_W):
-        rows = divergence(x @ W.t(), other_x @ other_W.t())
-        return {"none": rows, "sum": rows.sum(), "mean": rows.mean()}[reduction]
-
-    inputs = (x, W, other_x, other_W)
-    results = [function(*inputs) for function in (actual, expected)]
-    assert_same(*results)
-    assert_same(*(torch.autograd.grad(r.sum(), inputs) for r in results))
-
-
 def test_leading_dimensions_are_those_of_the_results():
     x, W = randn(2, 3, D), randn(K, D)
     assert_same(map_logits(torch.tanh, x, W), (x @ W.t()).tanh())
@@ -130,7 +112,7 @@ def test_leading_dimensions_are_those_of_the_results():
 @every_reduction
 def test_no_rows_at_all(reduction):
     x, W = randn(0, D), randn(K, D)
-    result = map_logits(lambda z: z.sum(1), x, W, reduction=reduction)
+    result = map_logits(lambda z: z.sum(), x, W, reduction=reduction)
     assert result.numel() == (reduction != "none")
     assert not torch.autograd.grad(result.sum(), W)[0].any()
 
@@ -163,10 +145,8 @@ def test_compiles_whole(reduction):
 def test_results_with_further_dimensions(shape, reduction):
     x, W = randn(*shape, D), randn(K, D)
     results = (
-        map_logits(lambda z: z[:, :2].sin(), x, W, reduction=reduction, chunk_size=2),
-        at_once(lambda z, *_: z[:, :2].sin(), None, reduction)(
-            x.flatten(0, -2), W, None, None, None
-        ),
+        map_logits(lambda z: z[:2].sin(), x, W, reduction=reduction, chunk_size=2),
+        reduced((x @ W.t())[..., :2].sin().flatten(0, -2), reduction),
     )
     results = [result.reshape(results[0].shape) for result in results]
     assert_same(*results)
@@ -175,7 +155,7 @@ def test_results_with_further_dimensions(shape, reduction):
 
 def test_one_row_alone():
     x, W = randn(D), randn(K, D)
-    assert_same(map_logits(lambda z: z[:, :2], x, W), (W @ x)[:2])
+    assert_same(map_logits(lambda z: z[:2], x, W), (W @ x)[:2])
 
 
 def test_forward_mode_over_vmap():
@@ -192,7 +172,7 @@ def test_forward_mode_over_vmap():
 def test_no_numbers_are_looked_at_where_there_are_none(mode):
     with mode():
         x, W = torch.empty(N, D), torch.empty(K, D)
-        assert map_logits(lambda z: z.sum(1), x, W).shape == (N,)
+        assert map_logits(lambda z: z.sum(), x, W).shape == (N,)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -200,8 +180,8 @@ def test_a_number_for_each_row_is_worked_out_once_with_its_gradients(reduction):
     chunks = []
 
     def fn(z):
-        chunks.append(len(z))
-        return z.sin().sum(1)
+        chunks.append(z.shape)
+        return z.sin().sum()
 
     loss = map_logits(fn, randn(N, D), randn(K, D), reduction=reduction, chunk_size=3)
     before = list(chunks)
@@ -211,17 +191,17 @@ def test_a_number_for_each_row_is_worked_out_once_with_its_gradients(reduction):
 
 def test_results_may_be_a_list():
     x, W = randn(N, D), randn(K, D)
-    results = map_logits(lambda z: [z.sin(), z.sum(1)], x, W)
+    results = map_logits(lambda z: [z.sin(), z.sum()], x, W)
     assert_same(results, ((x @ W.t()).sin(), (x @ W.t()).sum(1)))
 
 
 def test_results_may_be_whole_numbers():
     x, W = randn(N, D), randn(K, D)
-    assert torch.equal(map_logits(lambda z: z.argmax(1), x, W), (x @ W.t()).argmax(1))
+    assert torch.equal(map_logits(lambda z: z.argmax(), x, W), (x @ W.t()).argmax(1))
 
 
 def test_results_may_be_nan():
-    assert map_logits(lambda z: z.sum(1) * math.nan, randn(N, D), randn(K, D)).isnan().all()
+    assert map_logits(lambda z: z.sum() * math.nan, randn(N, D), randn(K, D)).isnan().all()
 
 
 def test_half_precision_comes_as_logits_in_float32():
@@ -241,7 +221,7 @@ def test_a_weight_in_half_precision_is_not_widened_as_a_whole(reduction):
     classes = 3 * 2**12  # widened some at a time
     x, W = (torch.randn(n, D).bfloat16() for n in (N, classes))
     with NewTensors() as new:
-        map_logits(lambda z: z.sum(1), x, W, reduction=reduction, chunk_size=1)
+        map_logits(lambda z: z.sum(), x, W, reduction=reduction, chunk_size=1)
     assert (classes, D) not in new.shapes
 
 
@@ -253,14 +233,14 @@ CAPTURED = "fn must not depend on a tensor that is differentiated"
 
 def of_captured(t):
     x, W = randn(N, D).detach(), randn(K, D).detach()
-    return map_logits(lambda z: z.sum(1) * t, x, W).sum()
+    return map_logits(lambda z: z.sum() * t, x, W).sum()
 
 
 def by_input_of_captured(t):
     W = randn(K, D).detach()
 
     def of_input(x):
-        return map_logits(lambda z: z.sum(1) * t, x, W).sum()
+        return map_logits(lambda z: z.sum() * t, x, W).sum()
 
     return torch.func.grad(of_input)(randn(N, D).detach()).sum()
 
@@ -295,35 +275,138 @@ def test_a_captured_parameter_is_fine_without_gradients():
         assert of_captured(torch.tensor(2.0, requires_grad=True)).isfinite()
 
 
+ONE_ROW = "fn must be a function of one row that torch.vmap can map over rows"
+
+
 @pytest.mark.parametrize(
     ("fn", "error", "message"),
     [
-        (lambda z: z.sum(), ValueError, "fn must return a number for each row"),
-        (lambda z: z.sum(0), ValueError, "fn must return a number for each row"),
         (lambda z: 3, TypeError, "fn must return tensors, got int"),
         (lambda z: (), TypeError, "fn must return a tensor or some, got none"),
-        (lambda z: F.dropout(z, 1e-3).sum(1), ValueError, "fn must return the same for the same"),
-        (lambda z: z.mul_(2).sum(1), ValueError, "fn must return the same for the same"),
-        (lambda z: (z - z.mean(0)).sum(1), ValueError, "fn must work out each row for itself"),
-        (lambda z: z.sum(1) / len(z), ValueError, "fn must work out each row for itself"),
-        (lambda z: z - 1e-5 * z.mean(0), ValueError, "fn must work out each row for itself"),
-        (lambda z: z.new_zeros(len(z), len(z)), ValueError, "fn must work out each row for itself"),
-        (
-            lambda z: torch.ones(len(z), dtype=torch.float64 if len(z) > 1 else torch.float32),
-            ValueError,
-            "fn must work out each row for itself",
-        ),
+        (lambda z: F.dropout(z, 1e-3).sum(), ValueError, ONE_ROW),
+        (lambda z: z.sum() if z[0] > 0 else z[0], ValueError, ONE_ROW),
+        (lambda z: z[z > 0].sum(), ValueError, ONE_ROW),
+        (lambda z: z.sum() * z[0].item(), ValueError, ONE_ROW),
+        (lambda z: z.mul_(2).sum(), ValueError, "fn must not write to what it is given"),
     ],
 )
-def test_a_function_that_can_not_be_worked_out_in_chunks_raises(fn, error, message):
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_what_is_no_function_of_one_row_raises(fn, error, message, reduction):
     with pytest.raises(error, match=message):
-        map_logits(fn, randn(N, D), randn(K, D))
+        map_logits(fn, randn(N, D), randn(K, D), reduction=reduction)
 
 
-def test_layers_of_other_numbers_of_rows_raise():
-    layers = [Layer(randn(rows, D), randn(K, D), None) for rows in (N, N + 1)]
-    with pytest.raises(ValueError, match="input must have the leading dimensions"):
-        mapped.map_logits(divergence, layers, ())
+def test_an_error_of_the_function_itself_is_its_own():
+    with pytest.raises(RuntimeError, match="size of tensor a"):
+        map_logits(lambda z: z + torch.ones(3), randn(N, D), randn(K, D))
+
+
+class Sneaky:
+    """A function that does something else when it is called for the third time or later."""
+
+    def __init__(self, usual, later):
+        self.calls, self.usual, self.later = 0, usual, later
+
+    def __call__(self, *row):
+        self.calls += 1
+        return (self.usual if self.calls < 3 else self.later)(*row)
+
+
+@every_reduction
+@pytest.mark.parametrize("needed", [True, False], ids=["with gradients", "of constants"])
+def test_a_tensor_captured_in_one_chunk_alone_is_found(reduction, needed):
+    t = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    fn = Sneaky(lambda z: z.sum(), lambda z: z.sum() * (3 * t).sin())
+    x, W = (randn(n, D).requires_grad_(needed) for n in (N, K))
+    with pytest.raises(ValueError, match=CAPTURED):
+        map_logits(
+            fn, x.detach().requires_grad_(needed), W.detach(), reduction=reduction, chunk_size=2
+        )
+
+
+@pytest.mark.parametrize(
+    "later", [lambda z: F.dropout(z, 0.5).sum(), lambda z: z.sum() if z[0] > 0 else z[0]]
+)
+def test_noise_and_branches_in_one_chunk_alone_raise(later):
+    with pytest.raises(ValueError, match=ONE_ROW):
+        map_logits(Sneaky(lambda z: z.sum(), later), randn(N, D), randn(K, D), chunk_size=2)
+
+
+def test_a_captured_tensor_is_named():
+    head = torch.nn.Linear(K, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"got head\.weight, head\.bias: pass it in shared"):
+        map_logits(lambda z: head(z).squeeze(0), randn(N, D), randn(K, D))
+
+
+def test_logits_that_are_kept_can_not_be_read_later():
+    kept = []
+
+    def fn(z):
+        kept.append(z)
+        return z.sum()
+
+    map_logits(fn, randn(N, D), randn(K, D), chunk_size=2)
+    with pytest.raises(RuntimeError, match="escaped"):
+        kept[1].sum()
+
+
+# Rows that a mask leaves out.
+
+
+@every_reduction
+@every_chunk
+@pytest.mark.parametrize("counts", ["some", "none"])
+def test_a_mask_selects_rows(reduction, chunk_size, counts):
+    x, W, b, factor, scale = problem()
+    label, mask = torch.arange(N) % K, torch.arange(N) % 3 == 1
+    mask = mask if counts == "some" else torch.zeros_like(mask)
+    dirty = x.detach().masked_fill(~mask.unsqueeze(1), math.nan).requires_grad_()
+    inputs = (dirty, W, b, factor, scale)
+    actual = in_chunks(one, label, reduction=reduction, chunk_size=chunk_size, mask=mask)(*inputs)
+    rows = torch.where(mask, at_once(one, label)(x, W, b, factor, scale), 0)
+    expected = rows if reduction == "none" else rows.sum()
+    if reduction == "mean":
+        expected = expected / mask.sum() if mask.any() else expected * math.nan
+    torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
+    if reduction != "mean" or mask.any():
+        upstream = torch.randn_like(actual)
+        theirs = torch.autograd.grad(expected, (x, *inputs[1:]), upstream)
+        assert_same(torch.autograd.grad(actual, inputs, upstream), theirs)
+
+
+# Precision, and inference mode.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_of_half_precision_is_summed_in_float32(dtype):
+    x, W = torch.zeros(9000, 2), torch.zeros(3, 2)
+    mean = map_logits(lambda z: (z.sum() + 9).to(dtype), x, W, reduction="mean")
+    pair = map_logits(lambda z: (z.sum(), (z.sum() + 9).to(dtype)), x, W, reduction="mean")
+    assert_same([mean, pair[1]], [torch.tensor(9.0, dtype=dtype)] * 2)
+
+
+@every_reduction
+def test_a_backward_inside_inference_mode(reduction):
+    inputs, label = problem(), torch.arange(N) % K
+    result = in_chunks(one, label, reduction=reduction, chunk_size=3)(*inputs).sum()
+    expected = torch.autograd.grad(result, inputs, retain_graph=True)
+    with torch.inference_mode():
+        actual = torch.autograd.grad(result, inputs)
+    assert_same([t.clone() for t in actual], list(expected))
+
+
+@every_reduction
+def test_tensors_made_in_inference_mode(reduction):
+    x, W, b, factor, scale = problem()
+    label = torch.arange(N) % K
+    with torch.inference_mode():
+        made = factor.clone(), scale.clone()
+
+    def gradient(factor, scale):
+        result = in_chunks(one, label, reduction=reduction, chunk_size=3)(x, W, b, factor, scale)
+        return torch.autograd.grad(result.sum(), (x, W))
+
+    assert_same(gradient(*made), gradient(factor.detach(), scale.detach()))
 
 
 def test_rows_of_another_number_raise():
@@ -340,16 +423,16 @@ def test_rows_of_another_number_raise():
         ({"shared": torch.ones(3)}, TypeError, "shared must be a tuple of tensors, got a tensor"),
         ({"shared": torch.ones(())}, TypeError, "shared must be a tuple of tensors, got a tensor"),
         ({"linear_bias": torch.zeros(4)}, ValueError, "linear_bias must have shape"),
+        ({"mask": torch.ones(N)}, TypeError, "mask must have the dtype torch.bool"),
+        ({"mask": torch.ones(3) > 0}, ValueError, "mask must have shape"),
     ],
 )
 def test_an_unfit_argument_is_named(changes, error, message):
     with pytest.raises(error, match=f"^{message}"):
-        map_logits(lambda z, *_: z.sum(1), randn(N, D), randn(K, D), **changes)
+        map_logits(lambda z, *_: z.sum(), randn(N, D), randn(K, D), **changes)
 
 
 def test_a_result_of_another_width_for_other_rows_raises():
-    width = torch.tensor([2, 2, 2, 1, 1, 1, 2])
+    fn = Sneaky(lambda z: z[:2], lambda z: z[:1])
     with pytest.raises(ValueError, match="fn must return the same shape and dtype for any rows"):
-        map_logits(
-            lambda z, width: z[:, : int(width.max())], randn(N, D), randn(K, D), width, chunk_size=3
-        )
+        map_logits(fn, randn(N, D), randn(K, D), chunk_size=3)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .._transforms import has_saved_tensors_hooks, is_in_func, is_transformed
+from .._transforms import has_saved_tensors_hooks, is_transformed
 
 Tensors = tuple[Tensor | None, ...]
 Mask = tuple[bool, ...]
@@ -58,24 +58,61 @@ def nested_forward_mode(tensors: Tensors) -> Iterator[Tensors]:
         )
 
 
-def pulled_back(fn: Callable[..., tuple[Tensor, ...]], *at: Tensor) -> tuple[Any, Any]:
-    """What `torch.func.vjp` gives, in half of its time, where no transform is at work."""
-    if is_in_func():
-        results: tuple[Any, Any] = vjp(fn, *at)
-        return results
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in at]
+def detached(tensor: Tensor) -> Tensor:
+    """A tensor without its graph, that autograd can save; one made in inference mode is copied."""
+    if not tensor.is_inference():
+        return tensor.detach()
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+Pull = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+def pulled_back(
+    fn: Callable[..., tuple[Tensor, ...]], *at: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Pull]:
+    """What `torch.func.vjp` gives, in half of its time; and the leaves of the results' graph.
+
+    Raises:
+        RuntimeError: Autograd records nothing here, as inside a custom operator.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = tuple((t.clone() if t.is_inference() else t.detach()).requires_grad_() for t in at)
+        if any(not leaf.view_as(leaf).requires_grad for leaf in leaves):
+            raise RuntimeError(
+                "map_logits can't be differentiated where autograd records nothing, as inside a "
+                "custom operator: every gradient would be 0"
+            )
         values = fn(*leaves)
 
     def pull(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         moving = tuple(value.requires_grad for value in values)
-        if not any(moving):
+        if not any(moving):  # by what is recorded, none depends on a leaf
             return tuple(map(torch.zeros_like, leaves))
+        gradients = select(cotangents, moving)
         return torch.autograd.grad(
-            select(values, moving), leaves, select(cotangents, moving), materialize_grads=True
+            select(values, moving), leaves, gradients, materialize_grads=True
         )
 
-    return tuple(value.detach() for value in values), pull
+    return values, leaves, pull
+
+
+def captured_leaves(values: tuple[Tensor, ...], leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    """The leaves that require a gradient in the graph of some values, apart from some of them."""
+    known, captured = {id(leaf) for leaf in leaves}, []
+    nodes = [value.grad_fn for value in values]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            captured.append(leaf)
+        nodes += [inner for inner, _ in node.next_functions]
+    return captured
 
 
 def settled(tensor: Tensor | None) -> Tensor | None:

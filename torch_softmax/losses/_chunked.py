@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from .._transforms import is_differentiated, is_plain, refuse_inference_mode
 from ._autograd import Mask, Saved, Tensors, merge, nested_forward_mode, select, settled, split, vjp
-from ._dtypes import accumulation_dtype, outside_autocast
+from ._dtypes import accumulation_dtype, outside_autocast, sum_dtype
 from ._formulas import product
 
 Rows = slice | Tensor  # the rows of a chunk: one after another, or an index (n,) int64 of them
@@ -426,4 +426,5 @@ def sum_of_products(
         factors = tuple(factor if factor is None else factor[index] for factor in factors)
     pairs = zip(results, factors, strict=True)
     terms = [result if factor is None else product(factor, result) for result, factor in pairs]
-    return functools.reduce(torch.add, terms).sum()
+    total = functools.reduce(torch.add, terms)
+    return total.sum(dtype=sum_dtype(total))

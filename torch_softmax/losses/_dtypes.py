@@ -25,6 +25,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def sum_dtype(values: Tensor) -> torch.dtype | None:
+    """The dtype to sum values in: at least float32 for floats; None for torch's own of integers."""
+    return accumulation_dtype(values.dtype) if values.is_floating_point() else None
+
+
 def product_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of a layer's products: what its tensors promote to, or autocast's."""
     given = [tensor for tensor in tensors if tensor is not None]

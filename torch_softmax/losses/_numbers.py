@@ -66,30 +66,17 @@ class RowNumbers(RowFunction):
         across: How the numbers are combined where the classes are sharded, or None.
     """
 
+    has_second = True
+    rows_in = tuple(Target(True, True, False, False))
+
     asked: tuple[str, ...] = ("log_sum", "gap")
     softcap: float = math.inf
     logit_scale: float = 1.0
     across: Across | None = None
 
     @property
-    def rows_in(self) -> Mask:
-        """The target and its share of the label have rows."""
-        return Target(True, True, False, False)  # type: ignore[arg-type]
-
-    @property
     def results(self) -> int:
-        """One for each number."""
         return len(self.asked)
-
-    @property
-    def ranks(self) -> Across | None:
-        """How the sums over classes are combined."""
-        return self.across
-
-    @property
-    def has_second(self) -> bool:
-        """The second order is by hand."""
-        return True
 
     def __call__(self, logits: tuple[Tensor, ...], others: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The numbers (n,) by their definition."""

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._transforms import is_plain, is_transformed
 from ._autograd import Mask, Tensors, may_take_gradients, merge, select, split
-from ._chunked import chunked, cut, slices, sum_of_products, taken_along
+from ._chunked import chunked, sum_of_products, taken_along
 from ._dtypes import accumulation_dtype
 from ._sweeps import (
     GradientSweep,
@@ -90,9 +90,11 @@ def _in_a_graph(function: RowFunction, how: How, tensors: Tensors) -> tuple[Tens
     """The results in plain operations, which a compiler differentiates, for each chunk anew."""
     first = next(tensor for tensor in tensors if tensor is not None)
     fn, pieces = definition_of(function, how), []
-    for rows in slices(first.shape[0], how.step):
+    # A graph is for one number of chunks, and all numbers of rows that have as many.
+    for i in range(max(1, -(-first.shape[0] // how.step))):
+        rows = slice(i * how.step, (i + 1) * how.step)
         pairs = zip(tensors, function.has_rows, strict=True)
-        part = (cut(t, rows) if has_rows and t is not None else t for t, has_rows in pairs)
+        part = (t[rows] if has_rows and t is not None else t for t, has_rows in pairs)
         pieces.append(checkpoint(fn, *part, use_reentrant=False))
     return tuple(map(torch.cat, zip(*pieces, strict=True)))
 

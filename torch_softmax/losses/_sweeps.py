@@ -10,17 +10,16 @@ and along a direction, in which the logits move by u = ux Wᵀ + x uWᵀ + ub an
     ∂/∂x changes by h W + g uW,  ∂/∂W by hᵀ x + gᵀ ux,  ∂/∂b by Σ_n h.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._autograd import Mask, Tensors, merge, pulled_back, select, split
+from ._autograd import Mask, Tensors, merge, select, split
 from ._chunked import (
     Plan,
     Rows,
@@ -109,60 +108,24 @@ class RowFunction:
     `second` are faster, and equal to it.
     """
 
-    @property
-    def layers(self) -> int:
-        """The number of layers whose logits it takes."""
-        return 1
-
-    @property
-    def rows_in(self) -> Mask:
-        """Which of the tensors beside the logits have rows."""
-        raise NotImplementedError
+    layers: ClassVar[int] = 1  # whose logits it takes
+    has_second: ClassVar[bool] = False  # whether there is a `second`, with `point` and `gradient`
+    rows_in: ClassVar[Mask] = ()  # which of the tensors beside the logits have rows
+    results: ClassVar[int] = 1  # their number; each has rows
+    across: ClassVar[Across | None] = None  # how sums over sharded classes are combined, or None
 
     @property
     def has_rows(self) -> Mask:
         """Which of its operands have rows."""
         return (*(*Layer(True, False, False),) * self.layers, *self.rows_in)
 
-    @property
-    def results(self) -> int:
-        """The number of its results, each of which has rows."""
-        raise NotImplementedError
-
-    @property
-    def ranks(self) -> Across | None:
-        """How its sums over classes are combined where these are sharded, or None."""
-        return None
-
-    @property
-    def has_second(self) -> bool:
-        """Whether there is a `second`, with its `point` and `gradient`."""
-        return False
-
     def __call__(self, logits: tuple[Tensor, ...], others: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The results (n, ...) for logits (n, K)."""
         raise NotImplementedError
 
     def first(self, at: Parts, needed: Parts) -> Parts:
-        """The gradients and the results that are needed, here by autograd.
-
-        The logits of a layer may be written to.
-        """
-        mask = (*needed.logits, *needed.others)
-        tensors = (*at.logits, *at.others)
-        if not any(mask):
-            return Parts((), (None,) * len(at.others), self(at.logits, at.others))
-
-        def fn(*moving: Tensor) -> tuple[Tensor, ...]:
-            return self(*split(merge(tensors, mask, moving), self.layers))
-
-        values, pull = pulled_back(fn, *select(tensors, mask))
-        pairs = zip(values, at.results, strict=True)
-        cotangents = (
-            cast(c, v.dtype) if isinstance(c, Tensor) else torch.full_like(v, c) for v, c in pairs
-        )
-        gradients = merge((None,) * len(mask), mask, pull(tuple(cotangents)))
-        return Parts(*split(gradients, self.layers), values)
+        """The gradients and results that are needed; a layer's logits may be written to."""
+        raise NotImplementedError
 
     def point(self, at: Parts) -> Any:
         """What `second` and `gradient` have to know of some rows, along whatever direction."""
@@ -206,7 +169,7 @@ def definition_of(function: RowFunction, how: How) -> Callable[..., tuple[Tensor
     """A row function of its operands, in operations that can be differentiated to any order."""
 
     def fn(*tensors: Any) -> tuple[Tensor, ...]:
-        if function.ranks is not None:
+        if function.across is not None:
             raise NotImplementedError(
                 "a third derivative, which torch.autograd.functional.hvp takes and vhp does not, "
                 "needs all classes in one process, got a linear_weight that is sharded"
@@ -217,7 +180,6 @@ def definition_of(function: RowFunction, how: How) -> Callable[..., tuple[Tensor
     return fn
 
 
-@functools.lru_cache(maxsize=32)
 def plan_of(function: RowFunction, how: How) -> Plan:
     """The plan of a row function, with the loops as its sweeps."""
     fn, results = definition_of(function, how), (True,) * function.results
@@ -312,7 +274,7 @@ class Work(NamedTuple):
                 for buffer, x, layer in zip(buffers, inputs, layers, strict=True)
             ]
             first, *_ = logits
-            yield Chunk(part, inputs, logits, list(blocks_of(first, self.function.ranks)))
+            yield Chunk(part, inputs, logits, list(blocks_of(first, self.function.across)))
 
     def parts(self, chunk: "Chunk", block: slice, factors: tuple[Any, ...]) -> Parts:
         """What the row function is given of a block of a chunk's rows."""
@@ -629,7 +591,7 @@ def _add_crossed(out: Layer, move: _Moves, g: Tensor, rows: Rows) -> None:
 
 def _over_ranks(out: Operands, work: Work) -> Operands:
     """Gradients, of which x has its sum over all ranks that hold classes."""
-    ranks = work.function.ranks
+    ranks = work.function.across
     if ranks is None:
         return out
     (layer,) = out.layers
@@ -814,7 +776,7 @@ class SecondSweep(ValuesSweep):
         operands, factors = split(is_moving, self.operands)
         if (
             self.many
-            or function.ranks is not None
+            or function.across is not None
             or batched != (*(False,) * (len(batched) - given), *present[-given:])
         ):
             return None

@@ -55,29 +55,12 @@ class _Pair(NamedTuple):
 class Divergence(RowFunction):
     """The divergence of each row, by the names that its options have in the loss."""
 
+    layers = 2  # student and teacher
+    has_second = True
+
     divergence: str = "forward"
     beta: float = 0.5
     temperature: float = 1.0
-
-    @property
-    def layers(self) -> int:
-        """Student and teacher."""
-        return 2
-
-    @property
-    def rows_in(self) -> Mask:
-        """There is nothing beside the logits."""
-        return ()
-
-    @property
-    def results(self) -> int:
-        """One number for each row."""
-        return 1
-
-    @property
-    def has_second(self) -> bool:
-        """The second order is by hand."""
-        return True
 
     def told(self) -> tuple[list[str], list[float]]:
         """The name, β and T."""

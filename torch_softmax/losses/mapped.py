@@ -1,5 +1,250 @@
-"""placeholder"""
+"""Any function of one row of a linear layer's logits, of which a few rows are held at a time.
+
+`torch.vmap` maps the function over rows. So a row can't see another one, and noise or a branch on
+the data raises. A tensor that the function captures, and that requires a gradient, is in the graph
+of the results.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as checks
+from .._transforms import is_differentiated, is_moving
+from ._autograd import Mask, Tensors, captured_leaves, detached, merge, pulled_back, select, split
+from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype, sum_dtype
+from ._operators import results_of, sum_of
+from ._sweeps import How, Layer, Operands, Parts, RowFunction
+from ._targets import REDUCTIONS, Counted
+from .linear import as_multiplied, default_chunk_size
+from .logits import mean_over
+
+MAY_DO = (
+    "fn must be a function of one row that torch.vmap can map over rows: write a branch on numbers "
+    "as torch.where, and pass random numbers in rows"
+)
 
 
-def map_logits(*a, **k):
-    raise NotImplementedError
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MappedRows(RowFunction):
+    """A function of one row, mapped over rows.
+
+    Args:
+        fn: A tensor, or a tuple of them, for the logits (K,) of a row, an element of each tensor
+            that has rows, and all of the others.
+        rows_in: Which tensors have rows.
+        results: How many tensors it returns.
+        is_strict: Whether what it captures must not be differentiated.
+    """
+
+    fn: Callable[..., Any]
+    rows_in: Mask
+    results: int = 1
+    is_strict: bool = False
+
+    def __call__(self, logits: tuple[Tensor, ...], others: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The results (n, ...) for logits (n, K)."""
+        (z,) = logits
+        if z.shape[0] == 0:  # which vmap refuses
+            pairs = zip(others, self.rows_in, strict=True)
+            one = tuple(_zero_row(t) if has_rows and t is not None else t for t, has_rows in pairs)
+            return tuple(result[:0] for result in self((_zero_row(z),), one))
+        dims = tuple(
+            0 if r and t is not None else None for t, r in zip(others, self.rows_in, strict=True)
+        )
+        given = (z, *others)
+        versions = [_version(t) for t in given]
+        try:
+            results = torch.vmap(self._of_a_row, (0, *dims), randomness="error")(*given)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise ValueError(f"{MAY_DO}, got: {str(error).splitlines()[0]}") from error
+        if versions != [_version(t) for t in given]:
+            raise ValueError("fn must not write to what it is given, got a change in place")
+        return tuple(results)
+
+    def _of_a_row(self, *given: Any) -> tuple[Tensor, ...]:
+        results = self.fn(*given)
+        results = tuple(results) if isinstance(results, (tuple, list)) else (results,)
+        if not results:
+            raise TypeError("fn must return a tensor or some, got none")
+        for result in results:
+            if not isinstance(result, Tensor):
+                raise TypeError(f"fn must return tensors, got {type(result).__name__}")
+        return results
+
+    def first(self, at: Parts, needed: Parts) -> Parts:
+        """The results, and the gradients that are needed, by autograd."""
+        mask = (*needed.logits, *needed.others)
+        others = (None if t is None else detached(t) for t in at.others)
+        tensors = (*(z.contiguous() for z in at.logits), *others)
+
+        def fn(*moving: Tensor) -> tuple[Tensor, ...]:
+            return self(*split(merge(tensors, mask, moving), self.layers))
+
+        values, leaves, pull = pulled_back(fn, *select(tensors, mask))
+        if self.is_strict:
+            self.refuse(captured_leaves(values, leaves))
+        gradients: Tensors = ()
+        if any(mask):
+            pairs = zip(values, at.results, strict=True)
+            gradients = pull(
+                tuple(
+                    cast(c, v.dtype) if isinstance(c, Tensor) else torch.full_like(v, c)
+                    for v, c in pairs
+                )
+            )
+        by_all = merge((None,) * len(mask), mask, gradients)
+        return Parts(*split(by_all, self.layers), tuple(value.detach() for value in values))
+
+    def refuse(self, captured: Sequence[Tensor]) -> None:
+        """Raise if a tensor was captured that is differentiated: its gradient would be 0."""
+        if captured:
+            known = {id(tensor): name for name, tensor in _captured_by(self.fn)}
+            names = [known[id(tensor)] for tensor in captured if id(tensor) in known]
+            moving = names or [name for name, tensor in _captured_by(self.fn) if is_moving(tensor)]
+            raise ValueError(
+                "fn must not depend on a tensor that is differentiated and that it is not given, "
+                f"got {', '.join(moving) or 'one without a name'}: pass it in shared, or in rows "
+                "where it has a row for each row"
+            )
+
+
+def _zero_row(tensor: Tensor) -> Tensor:
+    """One row of zeros like the rows of a tensor."""
+    return torch.zeros((1, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+
+
+def _version(tensor: Any) -> int | None:
+    """How often a tensor was changed in place; no one counts in inference mode, or in a compiler."""
+    if tensor is None or torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    version: int = tensor._version
+    return version
+
+
+def _captured_by(fn: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
+    """The names of tensors, and of modules' parameters, that a function refers to."""
+    function = inspect.unwrap(getattr(fn, "__func__", fn))
+    if not inspect.isfunction(function):
+        return
+    nonlocals, global_names, _, _ = inspect.getclosurevars(function)
+    for name, value in {**global_names, **nonlocals}.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, torch.nn.Module):
+            for inner, parameter in value.named_parameters():
+                yield f"{name}.{inner}", parameter
+
+
+def map_logits(
+    fn: Callable[..., Any],
+    layer: Layer,
+    rows: Tensors,
+    shared: Sequence[Tensor | None],
+    *,
+    reduction: str,
+    mask: Tensor | None,
+    chunk_size: int | None,
+) -> Any:
+    """What a function of a row returns for each row (...), or their sum or mean.
+
+    Raises:
+        TypeError: A tensor is none, or the function returns none.
+        ValueError: Shapes don't fit, or the function is none of one row.
+    """
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    _check(layer, rows, shared, mask)
+    shape = tuple(layer.x.shape[:-1])
+    count = math.prod(shape)
+    flat = tuple(None if t is None else t.reshape(count, *t.shape[len(shape) :]) for t in rows)
+    operands = Operands((as_multiplied(layer),), (*flat, *shared))
+    dtype = accumulation_dtype(product_dtype(*layer))
+    classes, features = layer.W.shape
+    step = chunk_size or default_chunk_size(classes, features, layer.x.device)
+    how = How(step, dtype, dtype)
+    counted = Counted.of(None if mask is None else mask.flatten())
+    rows_in = (True,) * len(rows) + (False,) * len(shared)
+    with outside_autocast(layer.x):
+        function, like, is_alone = _seen(MappedRows(fn=fn, rows_in=rows_in), operands, dtype)
+        if reduction == "none":
+            values = results_of(function, how, operands, counted)
+            results = [counted.read(v).reshape(*shape, *v.shape[1:]) for v in values]
+        else:
+            results = _reduced(function, how, operands, counted, like)
+            if reduction == "mean":
+                number = counted.number(count)
+                results = [mean_over(result, number) for result in results]
+            results = [cast(r, v.dtype) for r, v in zip(results, like, strict=True)]
+    return results[0] if is_alone else tuple(results)
+
+
+def _seen(
+    function: MappedRows, operands: Operands, dtype: torch.dtype
+) -> tuple[MappedRows, tuple[Tensor, ...], bool]:
+    """The function with the number of its results, these for a row of zeros, and if it is alone.
+
+    No number is looked at: this shows of what form the results are. As the function can't branch
+    on the data, whatever it captures is in them too.
+    """
+    (layer,), others = operands
+    pairs = zip(others, function.rows_in, strict=True)
+    row = tuple(
+        t if t is None else _zero_row(t) if has_rows else t.detach() for t, has_rows in pairs
+    )
+    logits = torch.zeros((1, layer.W.shape[0]), dtype=dtype, device=layer.x.device)
+    are_alone = []
+
+    def fn(*given: Any) -> Any:
+        results = function.fn(*given)
+        are_alone.append(isinstance(results, Tensor))
+        return results
+
+    with torch.enable_grad():
+        like = replace(function, fn=fn)((logits,), row)
+    (is_alone,) = are_alone
+    function = replace(function, results=len(like), is_strict=is_differentiated())
+    if function.is_strict:
+        function.refuse([value for value in like if is_moving(value)])
+    return function, like, is_alone
+
+
+def _reduced(
+    function: MappedRows,
+    how: How,
+    operands: Operands,
+    counted: Counted,
+    like: tuple[Tensor, ...],
+) -> list[Tensor]:
+    """The sum of each result over the rows that count."""
+    first, *more = like
+    if not more and first.dim() == 1 and first.is_floating_point():
+        factors = (None if counted.mask is None else counted.mask.to(first.dtype),)
+        return [sum_of(function, how, operands, factors, counted)]
+    return [
+        counted.read(counted.select(values)).sum(0, dtype=sum_dtype(values))
+        for values in results_of(function, how, operands, counted)
+    ]
+
+
+def _check(
+    layer: Layer, rows: Tensors, shared: Sequence[Tensor | None], mask: Tensor | None
+) -> None:
+    """Raise unless the arguments fit together."""
+    checks.layer_of_two_dimensions(*layer)
+    shape = tuple(layer.x.shape[:-1])
+    for name, tensors in (("rows", rows), ("shared", shared)):
+        for tensor in tensors:
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must hold tensors, got {type(tensor).__name__}")
+    for row in rows:
+        if row is not None:
+            checks.leading("rows", row, shape)
+    if mask is not None:
+        checks.mask(mask, shape)
