@@ -13,7 +13,7 @@ and along a direction, in which the logits move by u = ux Wᵀ + x uWᵀ + ub an
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,7 +100,6 @@ class Parts(NamedTuple):
     results: tuple[Any, ...] = ()  # (n, ...), changes (n, M); a cotangent may be a number for all
 
 
-@dataclass(frozen=True)
 class RowFunction:
     """A function of the logits of some rows, with what is known of its derivatives by hand.
 
@@ -108,11 +107,11 @@ class RowFunction:
     `second` are faster, and equal to it.
     """
 
-    layers: ClassVar[int] = 1  # whose logits it takes
-    has_second: ClassVar[bool] = False  # whether there is a `second`, with `point` and `gradient`
-    rows_in: ClassVar[Mask] = ()  # which of the tensors beside the logits have rows
-    results: ClassVar[int] = 1  # their number; each has rows
-    across: ClassVar[Across | None] = None  # how sums over sharded classes are combined, or None
+    layers = 1  # whose logits it takes
+    has_second = False  # whether there is a `second`, with `point` and `gradient`
+    rows_in: Mask = ()  # which of the tensors beside the logits have rows
+    results: int = 1  # their number; each has rows
+    across: Across | None = None  # how sums over sharded classes are combined
 
     @property
     def has_rows(self) -> Mask:

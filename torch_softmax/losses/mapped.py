@@ -30,7 +30,7 @@ MAY_DO = (
 )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class MappedRows(RowFunction):
     """A function of one row, mapped over rows.
 
@@ -172,7 +172,7 @@ def map_logits(
     counted = Counted.of(None if mask is None else mask.flatten())
     rows_in = (True,) * len(rows) + (False,) * len(shared)
     with outside_autocast(layer.x):
-        function, like, is_alone = _seen(MappedRows(fn=fn, rows_in=rows_in), operands, dtype)
+        function, like, is_alone = _seen(MappedRows(fn, rows_in), operands, dtype)
         if reduction == "none":
             values = results_of(function, how, operands, counted)
             results = [counted.read(v).reshape(*shape, *v.shape[1:]) for v in values]
