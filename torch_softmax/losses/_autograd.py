@@ -1,7 +1,7 @@
 """Every touch of PyTorch's own machinery, each with its reason."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import compress, islice
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .._transforms import has_saved_tensors_hooks, is_transformed
+from .._transforms import has_saved_tensors_hooks, is_in_func, is_plain, is_transformed
 
 Tensors = tuple[Tensor | None, ...]
 Mask = tuple[bool, ...]
@@ -19,27 +19,15 @@ Mask = tuple[bool, ...]
 vjp: Any = torch.func.vjp  # typed by torch as if it gave an auxiliary result too
 
 
-class Saved:
-    """The tensors that a Function keeps for its derivatives.
-
-    PyTorch refuses to save a tensor that was made in inference mode. Such a tensor never requires a
-    gradient, and is kept as it is.
-    """
-
-    def __init__(self, ctx: Any, tensors: Sequence[Tensor | None], *, forward_too: bool = False):
-        self.made_in_inference = tuple(
-            t if t is not None and t.is_inference() else None for t in tensors
-        )
-        pairs = zip(tensors, self.made_in_inference, strict=True)
-        others = tuple(t if kept is None else None for t, kept in pairs)
-        ctx.save_for_backward(*others)
-        if forward_too:
-            ctx.save_for_forward(*others)
-
-    def tensors(self, ctx: Any) -> Tensors:
-        """All tensors, in their order."""
-        pairs = zip(ctx.saved_tensors, self.made_in_inference, strict=True)
-        return tuple(saved if kept is None else kept for saved, kept in pairs)
+def savable(tensor: Tensor | None) -> Tensor | None:
+    """A tensor that autograd can save: the memory of an inference tensor as an ordinary one."""
+    if tensor is None or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        if not is_plain(tensor) or is_in_func():
+            return tensor.clone()
+        layout = tensor.storage_offset(), tensor.shape, tensor.stride()
+        return tensor.new_empty(0).set_(tensor.untyped_storage(), *layout)
 
 
 @contextmanager
@@ -59,11 +47,10 @@ def nested_forward_mode(tensors: Tensors) -> Iterator[Tensors]:
 
 
 def detached(tensor: Tensor) -> Tensor:
-    """A tensor without its graph, that autograd can save; one made in inference mode is copied."""
-    if not tensor.is_inference():
-        return tensor.detach()
-    with torch.inference_mode(False):
-        return tensor.clone()
+    """A tensor without its graph, that autograd can save."""
+    kept = savable(tensor)
+    assert kept is not None
+    return kept.detach()
 
 
 Pull = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -75,14 +62,15 @@ def pulled_back(
     """What `torch.func.vjp` gives, in half of its time; and the leaves of the results' graph.
 
     Raises:
-        RuntimeError: Autograd records nothing here, as inside a custom operator.
+        RuntimeError: Autograd records nothing here.
     """
+    # Inference mode that is switched off brings autograd back, within a custom operator too.
     with torch.inference_mode(False), torch.enable_grad():
         leaves = tuple((t.clone() if t.is_inference() else t.detach()).requires_grad_() for t in at)
         if any(not leaf.view_as(leaf).requires_grad for leaf in leaves):
             raise RuntimeError(
-                "map_logits can't be differentiated where autograd records nothing, as inside a "
-                "custom operator: every gradient would be 0"
+                "map_logits can't be differentiated here, where autograd records nothing: every "
+                "gradient would be 0"
             )
         values = fn(*leaves)
 
@@ -90,10 +78,10 @@ def pulled_back(
         moving = tuple(value.requires_grad for value in values)
         if not any(moving):  # by what is recorded, none depends on a leaf
             return tuple(map(torch.zeros_like, leaves))
-        gradients = select(cotangents, moving)
-        return torch.autograd.grad(
-            select(values, moving), leaves, gradients, materialize_grads=True
-        )
+        outputs, upstream = select(values, moving), select(cotangents, moving)
+        with torch.inference_mode(False):
+            upstream = tuple(map(detached, upstream))
+            return torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
 
     return values, leaves, pull
 

@@ -18,7 +18,17 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .._transforms import is_differentiated, is_plain, refuse_inference_mode
-from ._autograd import Mask, Saved, Tensors, merge, nested_forward_mode, select, settled, split, vjp
+from ._autograd import (
+    Mask,
+    Tensors,
+    merge,
+    nested_forward_mode,
+    savable,
+    select,
+    settled,
+    split,
+    vjp,
+)
 from ._dtypes import accumulation_dtype, outside_autocast, sum_dtype
 from ._formulas import product
 
@@ -275,17 +285,18 @@ class Chunked(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         plan, *tensors = inputs
         ctx.plan = plan.for_derivatives()
-        ctx.saved = Saved(ctx, tensors, forward_too=True)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         _, *wanted = ctx.needs_input_grad
-        return None, *ctx.plan.pull(ctx.saved.tensors(ctx), cotangents, tuple(wanted))
+        return None, *ctx.plan.pull(ctx.saved_tensors, cotangents, tuple(wanted))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
-        with nested_forward_mode(ctx.saved.tensors(ctx)) as tensors:
+        with nested_forward_mode(ctx.saved_tensors) as tensors:
             return ctx.plan.push(tensors, tangents)
 
     @staticmethod
@@ -306,7 +317,7 @@ def chunked(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling() or not is_differentiated():
         return plan.run(*tensors)
     refuse_inference_mode()
-    results: tuple[Tensor, ...] = Chunked.apply(plan, *tensors)
+    results: tuple[Tensor, ...] = Chunked.apply(plan, *map(savable, tensors))
     return results
 
 
@@ -379,7 +390,7 @@ class TakenAlong(Function):
         _, *wanted = ctx.needs_input_grad
         value, ctx.taken, others = total.run(tensors, tuple(wanted))
         ctx.total = total
-        ctx.saved = Saved(ctx, tensors)
+        ctx.save_for_backward(*tensors)
         if others:
             ctx.mark_non_differentiable(*others)
         return value, *others
@@ -388,7 +399,7 @@ class TakenAlong(Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         _, *wanted = ctx.needs_input_grad
         taken, ctx.taken = ctx.taken, None
-        tensors = ctx.saved.tensors(ctx)
+        tensors = ctx.saved_tensors
         if is_differentiated():
             return None, *ctx.total.pull(tensors, taken, upstream, tuple(wanted))
         if taken is None:
@@ -400,7 +411,7 @@ class TakenAlong(Function):
 def taken_along(total: Total, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The value of a sum, and what was computed beside it apart from its gradients."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        results: tuple[Tensor, ...] = TakenAlong.apply(total, *tensors)
+        results: tuple[Tensor, ...] = TakenAlong.apply(total, *map(savable, tensors))
         return results
     value, _, others = total.run(tensors, (False,) * len(tensors))
     return value, *others

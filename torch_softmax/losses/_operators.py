@@ -53,7 +53,7 @@ def results_of(
     # Function or an operator for the end of differentiation, but not plain operations.
     if first.W is None or is_transformed():
         return definition_of(function, how)(*tensors)
-    if type(function).__name__ in _FUNCTIONS:
+    if _is_named(function):
         return run_sweep(ValuesSweep(function, how), operands.flat(), counted.mask)
     return _in_a_graph(function, how, tensors)
 
@@ -71,19 +71,28 @@ def sum_of(
             tensors = _read_rows(function, operands, counted)
             (total,) = taken_along(total_of(function, how, counted.index), *tensors, *factors)
             return total
-        is_named = type(function).__name__ in _FUNCTIONS
-        if torch.compiler.is_compiling() and is_named and not is_transformed():
+        if torch.compiler.is_compiling() and _is_named(function) and not is_transformed():
             return run_total(function, how, operands, factors, counted.mask)
     results = results_of(function, how, operands, counted)
     return sum_of_products(results, factors, counted.index)
 
 
 def _read_rows(function: RowFunction, operands: Operands, counted: Counted) -> Tensors:
-    """The operands, of which rows that a mask leaves out become 0, even if they hold nan."""
+    """The operands, with other rows in place of those that a mask leaves out, which may hold nan.
+
+    A function by hand is finite at rows of 0, and any other one at rows that count.
+    """
+    if counted.mask is None:
+        return operands.flat()
+    read = counted.read_zeros if _is_named(function) else counted.read_others
     return tuple(
-        counted.read(t) if has_rows and t is not None and t.is_floating_point() else t
+        read(t) if has_rows and t is not None else t
         for t, has_rows in zip(operands.flat(), function.has_rows, strict=True)
     )
+
+
+def _is_named(function: RowFunction) -> bool:
+    return type(function).__name__ in _FUNCTIONS
 
 
 def _in_a_graph(function: RowFunction, how: How, tensors: Tensors) -> tuple[Tensor, ...]:

@@ -134,11 +134,18 @@ class Counted(NamedTuple):
             return self.mask.sum()
         return count if self.index is None else self.index.shape[0]
 
-    def read(self, rows: Tensor) -> Tensor:
-        """All rows, to be multiplied: 0 where a mask leaves a row out, whatever it holds."""
+    def read_zeros(self, rows: Tensor) -> Tensor:
+        """All rows, 0 where a mask leaves one out, whatever it holds."""
         if self.mask is None:
             return rows
         return rows.masked_fill(~self.mask.view(rows.shape[0], *(1 for _ in rows.shape[1:])), 0)
+
+    def read_others(self, rows: Tensor) -> Tensor:
+        """All rows, the first that counts in place of each that a mask leaves out; 0 if none is."""
+        assert self.mask is not None
+        every = torch.arange(rows.shape[0], device=rows.device)
+        first = self.mask.int().argmax()
+        return rows[torch.where(self.mask, every, first)].masked_fill(~self.mask.any(), 0)
 
     def select(self, values: Tensor) -> Tensor:
         """The values of the rows that count, where their index is known."""
@@ -147,7 +154,7 @@ class Counted(NamedTuple):
     def restore(self, values: Tensor, count: int) -> Tensor:
         """Selected values among 0 for each row that is left out, (N, ...)."""
         if self.index is None:
-            return self.read(values)
+            return self.read_zeros(values)
         zeros = values.new_zeros(count, *values.shape[1:])
         return zeros.index_copy(0, self.index, values)
 

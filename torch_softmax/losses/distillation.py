@@ -245,7 +245,7 @@ def linear_distillation(
     with outside_autocast(student.x):
         if reduction == "none":
             (divergences,) = results_of(function, how, Operands(layers, ()), counted)
-            return cast(counted.read(divergences), returned).reshape(shape)
+            return cast(counted.read_zeros(divergences), returned).reshape(shape)
         factors = (None if counted.mask is None else counted.mask.to(how.dtype),)
         total = sum_of(function, how, Operands(layers, ()), factors, counted)
     if reduction == "mean":

@@ -68,7 +68,8 @@ def linear_log_prob(
         numbers.is_top.detach(),
     )
     log_prob, uncertainty, logsumexp, is_top = (
-        r if r is None else cast(counted.read(r), returned).reshape(target.shape) for r in results
+        r if r is None else cast(counted.read_zeros(r), returned).reshape(target.shape)
+        for r in results
     )
     nothing = torch.full_like(log_prob, torch.nan)
     return LogProb(

@@ -41,7 +41,7 @@ def loss_of(
         losses = _losses(Numbers(**dict(zip(asked, numbers, strict=True))), terms, z_loss, counted)
         if reduction == "none":
             return counted.restore(losses, count)
-        total = counted.read(losses).sum()
+        total = counted.read_zeros(losses).sum()
     else:
         factors = _factors(terms, z_loss, how.dtype, counted)
         total = sum_of(function, how, operands, factors, counted)
@@ -65,7 +65,7 @@ def _factors(terms: Terms, z_loss: float, dtype: torch.dtype, counted: Counted) 
     """
     mass, factor = terms.mass, terms.factor
     if counted.mask is not None:
-        factor = counted.mask.to(dtype) if factor is None else counted.read(factor)
+        factor = counted.mask.to(dtype) if factor is None else counted.read_zeros(factor)
     if z_loss and factor is None:
         factor = torch.ones_like(
             terms.y.target[..., 0] if terms.y.is_dense() else terms.y.target, dtype=dtype

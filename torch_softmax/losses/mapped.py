@@ -5,6 +5,7 @@ the data raises. A tensor that the function captures, and that requires a gradie
 of the results.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +25,16 @@ from ._targets import REDUCTIONS, Counted
 from .linear import as_multiplied, default_chunk_size
 from .logits import mean_over
 
-MAY_DO = (
-    "fn must be a function of one row that torch.vmap can map over rows: write a branch on numbers "
-    "as torch.where, and pass random numbers in rows"
-)
+# What torch's errors say of a function that can't be mapped, and what it may do instead.
+_ADVICE = {
+    "random operation": "draw random numbers: pass them in rows",
+    "data-dependent control flow": "branch on numbers: use torch.where",
+    "calling .item()": "read a number out of a tensor: use torch.where for a branch",
+    "dynamic shape": "have a shape that depends on numbers: use torch.where",
+    "doesn't have storage": "read numbers out of a tensor: use operations of torch",
+    "vmap: inplace": "write to a tensor from outside",
+    "leaf Variable that requires grad": "write to a tensor from outside",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +69,12 @@ class MappedRows(RowFunction):
         try:
             results = torch.vmap(self._of_a_row, (0, *dims), randomness="error")(*given)
         except RuntimeError as error:
-            if "vmap" not in str(error):
+            advice = [advice for words, advice in _ADVICE.items() if words in str(error)]
+            if not advice:
                 raise
-            raise ValueError(f"{MAY_DO}, got: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"fn, which is mapped over rows, must not {advice[0]}") from error
         if versions != [_version(t) for t in given]:
-            raise ValueError("fn must not write to what it is given, got a change in place")
+            raise ValueError("fn, which is mapped over rows, must not write to what it is given")
         return tuple(results)
 
     def _of_a_row(self, *given: Any) -> tuple[Tensor, ...]:
@@ -122,22 +130,26 @@ def _zero_row(tensor: Tensor) -> Tensor:
 
 
 def _version(tensor: Any) -> int | None:
-    """How often a tensor was changed in place; no one counts in inference mode, or in a compiler."""
+    """How often a tensor was changed in place, where that is counted."""
     if tensor is None or torch.compiler.is_compiling() or tensor.is_inference():
         return None
     version: int = tensor._version
     return version
 
 
-def _captured_by(fn: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
-    """The names of tensors, and of modules' parameters, that a function refers to."""
-    function = inspect.unwrap(getattr(fn, "__func__", fn))
-    if not inspect.isfunction(function):
-        return
-    nonlocals, global_names, _, _ = inspect.getclosurevars(function)
-    for name, value in {**global_names, **nonlocals}.items():
+def _captured_by(fn: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a function refers to, and modules' parameters, by their names."""
+    if isinstance(fn, functools.partial):
+        values = {**dict(enumerate(fn.args)), **fn.keywords}
+        yield from _captured_by(fn.func)
+    elif inspect.isfunction(fn) or inspect.ismethod(fn):
+        found = inspect.getclosurevars(fn)
+        values = {**found.globals, **found.nonlocals, "self": getattr(fn, "__self__", None)}
+    else:
+        values = {"fn": fn} if isinstance(fn, torch.nn.Module) else vars(fn)
+    for name, value in values.items():
         if isinstance(value, Tensor):
-            yield name, value
+            yield str(name), value
         elif isinstance(value, torch.nn.Module):
             for inner, parameter in value.named_parameters():
                 yield f"{name}.{inner}", parameter
@@ -175,7 +187,7 @@ def map_logits(
         function, like, is_alone = _seen(MappedRows(fn, rows_in), operands, dtype)
         if reduction == "none":
             values = results_of(function, how, operands, counted)
-            results = [counted.read(v).reshape(*shape, *v.shape[1:]) for v in values]
+            results = [counted.read_zeros(v).reshape(*shape, *v.shape[1:]) for v in values]
         else:
             results = _reduced(function, how, operands, counted, like)
             if reduction == "mean":
@@ -228,7 +240,7 @@ def _reduced(
         factors = (None if counted.mask is None else counted.mask.to(first.dtype),)
         return [sum_of(function, how, operands, factors, counted)]
     return [
-        counted.read(counted.select(values)).sum(0, dtype=sum_dtype(values))
+        counted.read_zeros(counted.select(values)).sum(0, dtype=sum_dtype(values))
         for values in results_of(function, how, operands, counted)
     ]
 
