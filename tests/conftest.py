@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.regression import CLASSES, WEIGHT_DECAY, probabilities
-from torch_softmax.losses._objective import Objective
 from torch_softmax.mnist.data import load_dataset
+from torch_softmax.optim._objective import Objective
 
 
 def pytest_configure(config):

@@ -19,7 +19,6 @@ from torch_softmax.losses import (
     _chunked,
     _cross_entropy,
     _formulas,
-    _objective,
     _small,
     _sweeps,
     _targets,
@@ -28,6 +27,7 @@ from torch_softmax.losses import (
 )
 from torch_softmax.losses._formulas import Numbers, Target, times
 from torch_softmax.mnist import training
+from torch_softmax.optim import _objective
 
 Function = Any  # each has a signature of its own
 

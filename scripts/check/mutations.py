@@ -41,7 +41,7 @@ TESTS_OF = {
     "losses/_products.py": ["tests/losses/test_linear.py", "tests/losses/test_promises.py"],
     "losses/_sweeps.py": ["tests/losses/test_linear.py", "tests/losses/test_promises.py"],
     "losses/_autograd.py": ["tests/losses/test_softmax.py", "tests/losses/test_small.py"],
-    "losses/_objective.py": ["tests/optim"],
+    "optim/_objective.py": ["tests/optim"],
     "curvature/_sweeps.py": ["tests/curvature/test_hessian.py"],
     "losses/_many.py": ["tests/losses/test_many.py"],
     "curvature/_solve.py": ["tests/curvature/test_solve.py"],

@@ -8,9 +8,8 @@ from torch.nn import functional as F
 
 from tests.regression import CLASSES, WEIGHT_DECAY, probabilities
 from torch_softmax import SoftmaxRegression
-from torch_softmax.losses import _hessian
-from torch_softmax.losses._objective import Objective
-from torch_softmax.optim import Rows, _descent, newton
+from torch_softmax.optim import Rows, _descent, _hessian, newton
+from torch_softmax.optim._objective import Objective
 
 
 def new_model(dtype=torch.float64, features=64, **options):

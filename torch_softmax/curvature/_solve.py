@@ -13,9 +13,9 @@ from torch import Tensor
 from .._checks import UserError
 from ..losses._chunked import slices
 from ..losses._dtypes import cast
-from ..losses._objective import Moments
 from ..losses._sweeps import How, Inputs
 from ..optim._conjugate_gradients import Accuracy, Preconditioner, solve
+from ..optim._objective import Moments
 from ._rows import Data
 
 _MAX_ROUNDS = 10  # of some hundred steps each, as long as the residual falls

@@ -16,11 +16,11 @@ from torch import Tensor
 from ..losses import _formulas as formulas
 from ..losses._chunked import cut, slices
 from ..losses._dtypes import accumulation_dtype, cast
-from ..losses._hessian import rows_to_hold
 from ..losses._many import Directions, add_hessians_
 from ..losses._products import add_pulled_to_classes_, multiplied_in
 from ..losses._sweeps import How, Inputs, Logits, put
 from ..losses.linear import default_chunk_size
+from ..optim._hessian import rows_to_hold
 from ._rows import Layer, Rows
 
 # Numbers of x that a CPU finds in its cache for the next product with them.

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses._objective import Moments, Objective, Point
 from ._conjugate_gradients import Accuracy, Known, Preconditioner, dot, solve
+from ._objective import Moments, Objective, Point
 
 # A linear system is solved until its residual is this part of what it was.
 _FORCING = 0.25

@@ -9,10 +9,10 @@ from torch import Tensor
 from .. import _checks as checks
 from ..distributed.data_parallel import Ranks
 from ..losses._dtypes import outside_autocast
-from ..losses._objective import IGNORED, Objective, alone
-from ..losses._rows import Rows, memory_of
 from ..modules import SoftmaxRegression
 from ._descent import Descent, Goal, Result
+from ._objective import IGNORED, Objective, alone
+from ._rows import Rows, memory_of
 
 __all__ = ["Result", "minimize"]
 

@@ -6,8 +6,8 @@ from torch.autograd.functional import hvp
 from torch.nn import functional as F
 
 from tests.regression import WEIGHT_DECAY
-from torch_softmax.losses import _objective
-from torch_softmax.losses._objective import Objective
+from torch_softmax.optim import _objective
+from torch_softmax.optim._objective import Objective
 
 
 def plain_objective(input, target, bias):

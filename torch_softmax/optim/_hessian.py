@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _formulas as formulas
-from ._chunked import slices
+from ..losses import _formulas as formulas
+from ..losses._chunked import slices
 from ._rows import Rows, memory_of
 
 _HELD = 0.25  # of the memory of a device, for S

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._chunked import slices
-from ._formulas import Factors
+from ..losses._chunked import slices
+from ..losses._formulas import Factors
+from ..losses._sweeps import How, Inputs, numbers_and_gradients
+from ..losses._targets import NO_OPTIONS, fold
 from ._hessian import Examples, MeanHessian
 from ._rows import Rows
-from ._sweeps import How, Inputs, numbers_and_gradients
-from ._targets import NO_OPTIONS, fold
 
 IGNORED = -100  # the class index that leaves an example out, torch's default
 _OPTIONS = NO_OPTIONS._replace(ignore_index=IGNORED, reduction="sum")
