@@ -84,4 +84,4 @@ def problem(request, examples, bias):
     if request.param == "probabilities":
         target = probabilities(target)
     v = 0.3 * torch.randn(CLASSES, 64 + bias, dtype=torch.float64)
-    return Objective(input, target, WEIGHT_DECAY, bias), v, input, target
+    return Objective(input, target, CLASSES, WEIGHT_DECAY, bias), v, input, target

@@ -403,7 +403,7 @@ def test_float32_comes_to_the_optimum_at_weak_penalties(examples, weight_decay, 
     expected = newton.minimize(
         exact, input.double(), target, weight_decay, weight_tolerance=1e-6, **options
     )
-    f = Objective(input.double(), target, weight_decay, True, weight)
+    f = Objective(input.double(), target, CLASSES, weight_decay, True, weight)
     v = torch.cat([model.weight, model.bias.unsqueeze(1)], 1).detach().double()
     assert f.at(v).value == pytest.approx(expected.objective, rel=1e-7)
 

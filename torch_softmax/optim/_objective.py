@@ -3,43 +3,57 @@
     f(v) = 1/Σw Σ_n w_n L_n + λ/2 ‖W‖²
 
 v = (W, b) are the parameters of a linear layer, (K, P): with P = D + 1, the last column for b, or
-with P = D where there is no bias. The weights w of the examples are 1 but where they are given.
+with P = D where there is no bias. The weights w of the examples are 1 unless they are given. v and
+sums over examples are in float64 where the device has that, and products in the dtype of x.
+
+A point holds its logits, as far as there is room. Along a step they are Z + α (Z₁ − Z), so that a
+trial of the line search takes no product, and the Hessian at the point makes S of them. Z₁ is a
+product of its own at each step's end, so that no rounding adds up from step to step.
 """
 
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..losses._chunked import slices
-from ..losses._formulas import Factors
-from ..losses._sweeps import How, Inputs, numbers_and_gradients
-from ..losses._targets import NO_OPTIONS, fold
-from ._hessian import Examples, MeanHessian
+from ..losses import _formulas as formulas
+from ..losses._chunked import cut, slices
+from ._hessian import (
+    Batch,
+    Chunk,
+    Held,
+    Layer,
+    Logits,
+    Moments,
+    Softmaxes,
+    add_products_,
+    add_pulled_,
+    alone,
+    by_row,
+    layout_of,
+    moments_of,
+    put,
+    sum_of_rows,
+)
 from ._rows import Rows
 
 IGNORED = -100  # the class index that leaves an example out, torch's default
-_OPTIONS = NO_OPTIONS._replace(ignore_index=IGNORED, reduction="sum")
-
-# Numbers of x to work out at a time, so that a CPU finds them in its cache for the second product.
-_CACHED_INPUT = 2**20
-# Other devices want few large kernels.
-_LAUNCHED_INPUT = 2**26
 # Features whose mean is this many of their standard deviations from 0 are multiplied about it.
 _FAR = 8
 
 
 class Point(NamedTuple):
-    """Parameters v (K, P), with what is known of f there."""
+    """Parameters v (K, P), and what is known of f there."""
 
     v: Tensor
     value: float  # f(v)
     loss: float  # the mean loss alone
     gradient: Tensor  # ∇f(v), (K, P)
+    logits: Held
 
     @property
     def norm(self) -> float:
@@ -47,21 +61,45 @@ class Point(NamedTuple):
         return float(self.gradient.norm())
 
 
-class Moments(NamedTuple):
-    """The first and second moments of examples x, that may be weighted.
+class Targets(NamedTuple):
+    """What the losses of some rows are made of, each in the layout of their logits."""
 
-    Where there is a bias, the second moments are those of x − mean, which are not lost in rounding
-    where the mean is large; and otherwise those of x.
-    """
+    y: Tensor  # class indices or probabilities
+    mass: Tensor | None  # s, what log_sum is multiplied with: w Σ_k y_k; None for 1
+    weight: Tensor | None  # t, what the gap Σ_k y_k (top − z_k) is multiplied with: w; None for 1
 
-    mean: Tensor | None  # (D,), where there is a bias
-    second: Tensor  # (D, D)
-    made_in: torch.dtype | None = None  # the dtype of the products, where it is another
+    def block(self, block: slice) -> "Targets":
+        """The targets of a block of a chunk."""
+        factors = (None if t is None else cut(t, block) for t in self[1:])
+        return Targets(cut(self.y, block), *factors)
 
+    def gap(self, top: Tensor | float, z: Tensor) -> Tensor:
+        """Σ_k y_k (top − z_k) of each row."""
+        if self.y.is_floating_point():
+            return (self.y * (top - z)).sum(1, keepdim=True)
+        return top - z.gather(1, self.y)
 
-def alone(sums: Tensor) -> Tensor:
-    """The sums over all processes, where there is one."""
-    return sums
+    def losses(self, z: Tensor, softmax: Tensor) -> Tensor:
+        """S log_sum + t gap of each row, relative to its largest logit."""
+        # S at the top is 1 / Σ_k e^{z_k − top}: no exponential is taken again.
+        log_sum = softmax.amax(1, keepdim=True).log().neg_()
+        return self._sum(log_sum, self.gap(z.amax(1, keepdim=True), z))
+
+    def slopes(self, u: Tensor, softmax: Tensor) -> Tensor:
+        """How the losses change along a change u of the logits."""
+        return self._sum((softmax * u).sum(1, keepdim=True), self.gap(0.0, u))
+
+    def gradient(self, softmax: Tensor) -> Tensor:
+        """S S − t y."""
+        g = softmax if self.mass is None else softmax * self.mass
+        if self.y.is_floating_point():
+            return g - (self.y if self.weight is None else self.weight * self.y)
+        ones = self.y.new_ones((), dtype=g.dtype).expand(self.y.shape)
+        return g.scatter_add(1, self.y, -(ones if self.weight is None else self.weight))
+
+    def _sum(self, by_mass: Tensor, by_weight: Tensor) -> Tensor:
+        by_mass = by_mass if self.mass is None else self.mass * by_mass
+        return by_mass + (by_weight if self.weight is None else self.weight * by_weight)
 
 
 class Objective:
@@ -69,7 +107,8 @@ class Objective:
 
     Args:
         x: The examples of this process.
-        target: Their class indices (N,) or probabilities (N, K).
+        target: Their class indices (N,), int64, or probabilities (N, K).
+        classes: K.
         weight_decay: λ.
         bias: Whether there is a b.
         weight: w of these examples, (N,); None for 1.
@@ -80,33 +119,33 @@ class Objective:
         self,
         x: Tensor | Rows,
         target: Tensor,
+        classes: int,
         weight_decay: float,
         bias: bool,
         weight: Tensor | None = None,
         total: Callable[[Tensor], Tensor] = alone,
     ) -> None:
-        rows = x if isinstance(x, Rows) else Rows(x).to(x.device, x.dtype)
-        self.y = fold(target, _OPTIONS, target.shape[-1], rows.dtype, may_ignore=False).y
-        on_cpu = rows.device.type == "cpu"
-        numbers = _CACHED_INPUT if on_cpu else _LAUNCHED_INPUT
-        step = max(256, numbers // rows.features)
-        parts = torch.get_num_threads() if on_cpu else 1
-        self.examples = Examples(rows, None, 1.0, bias, step, parts, total)
-        self.weight, count = self._in_means(weight)
-        self.examples = replace(self.examples, mass=self._mass(), divisor=count)
+        self.x = x if isinstance(x, Rows) else Rows(x).to(x.device, x.dtype)
+        self.y, self.bias, self.total = target, bias, total
+        device = self.x.device
+        self.sums = self.x.dtype if device.type == "mps" else torch.float64
+        self.layout = layout_of(classes, self.x.features, self.x.dtype, device)
+        self.weight, self.divisor = self._in_means(weight)
+        self.mass = self._mass()
         self.weight_decay = weight_decay
-        self.decay = self._decay()
 
     def _in_means(self, weight: Tensor | None) -> tuple[Tensor | None, float]:
-        """Weights in parts of their mean over all processes, and the examples that there are.
+        """Weights in parts of their mean over all processes, and the number of all examples.
 
-        However small or large they are, they are none of that in the dtype of the products.
+        However small or large they are, they fit in the dtype of the products so.
         """
-        x, sums = self.examples.x, self.examples.sums
+        x, sums = self.x, self.sums
         w = None if weight is None else weight.to(x.device, sums)
-        total = len(x) if w is None else float(w.sum())
-        count, total = self._sum(torch.tensor([len(x), total], dtype=sums)).tolist()
-        mean = total / count if count else 1.0
+        here = torch.tensor([len(x), len(x)], dtype=sums, device=x.device)
+        if w is not None:
+            here[1] = w.sum()
+        count, weights = self.total(here).tolist()
+        mean = weights / count if count else 1.0
         if not 0 < mean < math.inf:
             raise ValueError(f"sample_weight must have a finite mean above 0, got {mean:g}")
         if w is None:  # here, but there may be some in another process
@@ -115,126 +154,244 @@ class Objective:
 
     def _mass(self) -> Tensor | None:
         """What the log-sum of each example is multiplied with, (N,); None for 1."""
-        if not self.y.target.is_floating_point():
+        if not self.y.is_floating_point():
             return self.weight
-        mass = self.y.target.sum(1, dtype=self.examples.x.dtype)
+        mass = self.y.sum(1, dtype=self.x.dtype)
         return mass if self.weight is None else mass * self.weight
 
     def wide(self) -> "Objective":
-        """The same with products in the dtype of sums, for what rounding hides in that of x."""
-        other, x, sums = copy.copy(self), self.examples.x, self.examples.sums
+        """The same objective with products in the dtype of sums, which round less."""
+        other, sums = copy.copy(self), self.sums
+        other.x = self.x.to(self.x.device, sums)
+        other.layout = replace(self.layout, dtype=sums)
         other.weight = None if self.weight is None else self.weight.to(sums)
-        other.examples = replace(self.examples, x=x.to(x.device, sums))
-        other.examples = replace(other.examples, mass=other._mass())
+        other.mass = other._mass()
         return other
 
     def with_decay(self, weight_decay: float) -> "Objective":
-        """The same with another λ."""
+        """The same objective with another λ."""
         other = copy.copy(self)
         other.weight_decay = weight_decay
-        other.decay = other._decay()
         return other
 
     def about_mean(self, moments: Moments) -> "Objective":
-        """The same, multiplied about the mean of the rows where that is far from 0."""
+        """The same objective, multiplied about the mean of the rows where that is far from 0.
+
+        Rows are multiplied as x − μ then, with W x + b = W (x − μ) + (b + W μ), as rounding would
+        hide how they differ.
+        """
         if moments.mean is None:
             return self
         if not bool((moments.mean.square() > _FAR**2 * moments.second.diagonal()).any()):
             return self
-        other, x = copy.copy(self), self.examples.x
-        centre = moments.mean.to(x.dtype)
-        other.examples = replace(self.examples, x=replace(x, centre=centre))
+        other = copy.copy(self)
+        other.x = replace(self.x, centre=moments.mean.to(self.x.dtype))
         return other
+
+    # Parameters
+
+    def split(self, v: Tensor) -> Layer:
+        """(W, b) as views of v."""
+        D = self.x.features
+        return Layer(v[:, :D], v[:, D] if self.bias else None)
+
+    def layer(self, v: Tensor) -> Layer:
+        """(W, b + W μ) in the dtype of the products."""
+        W, b = self.split(v)
+        if b is not None and self.x.centre is not None:
+            b = b + W @ self.x.centre.to(v.dtype)
+        return Layer(W, b).map(lambda t: t.to(self.x.dtype))
 
     def rounded(self, v: Tensor) -> Tensor:
         """Parameters as they are in the dtype of the products, which is the model's."""
-        return v.to(self.examples.x.dtype).to(v.dtype)
+        return v.to(self.x.dtype).to(v.dtype)
+
+    def decayed(self, v: Tensor) -> Tensor:
+        """The gradient of the penalty: λ times v, without its bias."""
+        pull = self.weight_decay * v
+        pull[:, self.x.features :] = 0
+        return pull
+
+    def mean(self, sums: Layer) -> Tensor:
+        """The mean over all examples, by v (K, P), of derivatives by (W, b + W μ)."""
+        by_W, by_b = sums
+        if by_b is not None:
+            if self.x.centre is not None:
+                by_W = by_W + by_b.unsqueeze(1) * self.x.centre.to(by_W.dtype)
+            by_W = torch.cat([by_W, by_b.unsqueeze(1)], 1)
+        return self.total(by_W) / self.divisor
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros for sums over examples."""
+        return torch.zeros(shape, dtype=self.sums, device=self.x.device)
+
+    # Values and derivatives
 
     def at(self, v: Tensor) -> Point:
         """Value and gradient."""
-        examples = self.examples
-        x, (W, b) = examples.x, examples.inward(v)
-        wanted = Inputs(False, True, examples.bias, False)
-        how = How(examples.step, x.dtype, x.dtype)
-        by_W, loss = torch.zeros_like(v[:, : x.features]), v.new_zeros(())
-        by_b = None if b is None else v.new_zeros(len(v))
-        for rows in slices(len(x), examples.step):
-            s, t = (None if f is None else f[rows] for f in (examples.mass, self.weight))
-            inputs = Inputs(x.read(rows), W, b, *self.y.rows(rows))
-            numbers, by = numbers_and_gradients(inputs, Factors(s, t), wanted, how)
-            assert numbers is not None
-            loss += (numbers.gap if t is None else t * numbers.gap).sum(dtype=v.dtype)
-            loss += (numbers.log_sum if s is None else s * numbers.log_sum).sum(dtype=v.dtype)
-            by_W += by.W
-            if by_b is not None:
-                by_b += by.b
-        flat = torch.cat([examples.outward(by_W, by_b).flatten(), loss.view(1)])
-        sums = examples.total(flat) / examples.divisor
-        return self._point(v, float(sums[-1]), sums[:-1].view_as(v))
+        return self.point(v, self.hold())
 
-    def with_penalty(self, point: Point, decay: Tensor) -> Point:
-        """A point of the same objective with another decay, as one of this."""
-        return self._point(point.v, point.loss, point.gradient - decay * point.v)
+    def hold(self) -> Held:
+        """Where the logits of a point are held, as those of another and S may be besides."""
+        return Held(len(self.x), self.layout, self.x.device, share=2)
 
-    def _point(self, v: Tensor, loss: float, by_loss: Tensor) -> Point:
-        pull = self.decay * v
-        return Point(v, loss + 0.5 * float((pull * v).sum()), loss, by_loss + pull)
+    def point(self, v: Tensor, known: Held) -> Point:
+        """Value and gradient where the logits of the first chunks may be known."""
+        layer, logits = self.layer(v), Logits(self.layout)
+        sums = layer.map(lambda t: self.zeros(*t.shape))
+        loss = self.zeros(1)
+        for number, (chunk, targets) in enumerate(self.chunks()):
+            z = known.get(number)
+            if z is None:
+                z = known.add(number, logits.at(chunk.x, *layer))
+            g = torch.empty_like(z)
+            for block in self.layout.blocks(z):
+                here, part = cut(z, block), targets.block(block)
+                S = formulas.softmax(here, 1)
+                loss += part.losses(here, S).sum(dtype=self.sums)
+                gradient = part.gradient(S)
+                if sums.b is not None:
+                    sums.b.add_(sum_of_rows(gradient))
+                g = put(g, block, gradient)
+            add_pulled_(sums.W, g, chunk.x)
+        value = float(self.total(loss)) / self.divisor
+        return self._penalized(v, value, self.mean(sums), known)
 
-    def hessian(self, v: Tensor) -> "Hessian":
-        """∇²f(v)."""
-        return Hessian(MeanHessian(self.examples, v), self.decay)
+    def with_penalty(self, point: Point, before: "Objective") -> Point:
+        """A point of an objective with another λ, as one of this."""
+        by_loss = point.gradient - before.decayed(point.v)
+        return self._penalized(point.v, point.loss, by_loss, point.logits)
+
+    def penalty(self, v: Tensor) -> float:
+        """λ/2 ‖W‖²."""
+        return 0.5 * float((self.decayed(v) * v).sum())
+
+    def _penalized(self, v: Tensor, loss: float, by_loss: Tensor, logits: Held) -> Point:
+        gradient = by_loss + self.decayed(v)
+        return Point(v, loss + self.penalty(v), loss, gradient, logits)
+
+    def hessian(self, point: Point) -> "Hessian":
+        """∇²f at a point of this objective, or of one with other products."""
+        return Hessian(self, point)
 
     def moments(self, curvature: Tensor | None = None) -> Moments:
-        """Those of the examples, each by its weight; or by its curvature where S is known."""
-        x, sums = self.examples.x, self.examples.sums
-        weight = self.weight if curvature is None else curvature
-        count = self._sum(len(x) if weight is None else weight.sum(dtype=sums))
-        mean = None
-        if self.examples.bias:
-            total = torch.zeros(x.features, dtype=sums, device=x.device)
-            for rows, read in self._read():
-                total += read.sum(0) if weight is None else weight[rows] @ read
-            mean = self._sum(total) / count
-        second = torch.zeros(x.features, x.features, dtype=sums, device=x.device)
-        for rows, read in self._read():
-            read = read if mean is None else read - mean.to(read.dtype)
-            second += read.t() @ (read if weight is None else weight[rows].unsqueeze(1) * read)
-        if mean is not None and x.centre is not None:
-            mean = mean + x.centre.to(mean.dtype)
-        return Moments(mean, self._sum(second) / count, x.dtype)
+        """The moments of the examples, each by its weight; or by its curvature where S is known."""
+        batch = Batch(self.x, self.weight if curvature is None else curvature)
+        zeros = self.zeros(self.x.features)
+        found = moments_of([batch], self.layout, zeros, bias=self.bias, total=self.total)
+        if found.mean is None or self.x.centre is None:
+            return found
+        return found._replace(mean=found.mean + self.x.centre.to(self.sums))
 
     def largest(self) -> float:
         """The largest magnitude in the rows of this process."""
-        return max(float(read.abs().max()) for _, read in self._read())
+        parts = slices(len(self.x), self.layout.step)
+        return max(float(self.x.read(part).abs().max()) for part in parts)
 
-    def _read(self) -> Iterator[tuple[slice, Tensor]]:
-        for rows in slices(len(self.examples.x), self.examples.step):
-            yield rows, self.examples.x.read(rows)
-
-    def _sum(self, value: Tensor | float) -> Tensor:
-        """The sum of a value over all processes."""
-        tensor = torch.as_tensor(value, dtype=self.examples.sums, device=self.examples.x.device)
-        return self.examples.total(tensor)
-
-    def _decay(self) -> Tensor:
-        """λ of each parameter of a class, (P,): that of the bias is 0."""
-        x, size = self.examples.x, self.examples.x.features + self.examples.bias
-        decay = torch.full((size,), self.weight_decay, dtype=self.examples.sums, device=x.device)
-        decay[x.features :] = 0
-        return decay
+    def chunks(self) -> Iterator[tuple[Chunk, Targets]]:
+        """The examples a chunk at a time, with their targets."""
+        parts = slices(len(self.x), self.layout.step)
+        chunks = self.layout.chunks([Batch(self.x, self.mass)])
+        for chunk, part in zip(chunks, parts, strict=True):
+            y = self.y[part]
+            y = self.layout.spread(y.to(self.x.dtype) if y.is_floating_point() else y)
+            weight = None if self.weight is None else self.layout.spread(self.weight[part])
+            yield chunk, Targets(y, chunk.factor, weight)
 
 
-@dataclass(frozen=True)
+class Line:
+    """f along a step u from a point, v + α u.
+
+    The logits at its end are made once, and trials lie between these and the logits of the point.
+    Where there is no room for a chunk's logits, they are made for every trial.
+    """
+
+    def __init__(self, objective: Objective, point: Point, u: Tensor) -> None:
+        self.objective, self.start, self.u = objective, point, u
+        self.logits, self.changes = Logits(objective.layout), Logits(objective.layout)
+        self.end, layer = objective.hold(), objective.layer(point.v + u)
+        for number, chunk in enumerate(objective.layout.chunks([Batch(objective.x, None)])):
+            if not self.end.has_room(chunk.part.stop - chunk.part.start):
+                break
+            self.end.add(number, self.logits.at(chunk.x, *layer))
+
+    def value(self, length: float) -> float:
+        """f(v + α u)."""
+        loss = self._mean(length, slope=False)
+        return loss + self.objective.penalty(self.start.v + length * self.u)
+
+    def slope(self, length: float) -> float:
+        """∇f(v + α u) · u."""
+        by_loss = self._mean(length, slope=True)
+        pull = self.objective.decayed(self.start.v + length * self.u)
+        return by_loss + float((pull * self.u).sum())
+
+    def to(self, length: float) -> Point:
+        """The point v + α u. The line is left with it."""
+        if length != 1:
+            both = list(zip(self.start.logits.chunks, self.end.chunks, strict=False))
+            self.end.chunks = [torch.lerp(z, end, length, out=end) for z, end in both]
+        return self.objective.point(self.start.v + length * self.u, self.end)
+
+    def _mean(self, length: float, *, slope: bool) -> float:
+        """The mean loss at v + α u, or its slope along u."""
+        objective = self.objective
+        total = objective.zeros(1)
+        for number, (chunk, targets) in enumerate(objective.chunks()):
+            z = self._logits(number, chunk, length)
+            u = self._change(number, chunk) if slope else None
+            for block in objective.layout.blocks(z):
+                here, part = cut(z, block), targets.block(block)
+                S = formulas.softmax(here, 1)
+                terms = part.losses(here, S) if u is None else part.slopes(cut(u, block), S)
+                total += terms.sum(dtype=objective.sums)
+        return float(objective.total(total)) / objective.divisor
+
+    def _logits(self, number: int, chunk: Chunk, length: float) -> Tensor:
+        z, end = self.start.logits.get(number), self.end.get(number)
+        if z is None or end is None:
+            layer = self.objective.layer(self.start.v + length * self.u)
+            return self.logits.at(chunk.x, *layer)
+        return end if length == 1 else torch.lerp(z, end, length)
+
+    def _change(self, number: int, chunk: Chunk) -> Tensor:
+        z, end = self.start.logits.get(number), self.end.get(number)
+        if z is None or end is None:
+            return self.changes.at(chunk.x, *self.objective.layer(self.u))
+        return end - z
+
+
 class Hessian:
-    """∇²f(v), that of the mean loss and of the penalty."""
+    """∇²f at a point, which multiplies a direction (K, P)."""
 
-    of_losses: MeanHessian
-    decay: Tensor
+    def __init__(self, objective: Objective, point: Point) -> None:
+        self.objective, layout = objective, objective.layout
+        self.softmaxes = Softmaxes(
+            [Batch(objective.x, objective.mass)],
+            objective.layer(point.v),
+            layout,
+            objective.hold(),
+            point.logits,
+        )
+        # m (1 − Σ S²) / (K − 1) of each example: the mean eigenvalue of m J, apart from one of 0
+        self.curvature = torch.empty(
+            len(objective.x), dtype=layout.dtype, device=objective.x.device
+        )
+        for chunk, S in self.softmaxes:
+            traces = 1 - S.square().sum(1, keepdim=True)
+            traces = chunk.weighted(traces, slice(0, len(S))) / max(1, layout.classes - 1)
+            self.curvature[chunk.part] = by_row(traces).squeeze(1)
 
     def __call__(self, u: Tensor) -> Tensor:
-        """Its product with a direction, (K, P)."""
-        return self.of_losses(u).addcmul_(self.decay, u)
+        """∇²f u."""
+        zeros, layer = self.objective.zeros, self.objective.layer(u)
+        direction = layer.map(lambda t: t.unsqueeze(0))
+        out = direction.map(lambda t: zeros(*t.shape))
+        add_products_(out, self.softmaxes, direction)
+        by_loss = self.objective.mean(out.map(lambda t: t.squeeze(0)))
+        return by_loss.add_(self.objective.decayed(u))
 
     def mean_curvature(self) -> float:
         """The mean curvature of the losses in a logit, without the direction that changes none."""
-        return self.of_losses.mean_curvature()
+        total = self.curvature.sum(dtype=self.objective.sums)
+        return float(self.objective.total(total)) / self.objective.divisor
