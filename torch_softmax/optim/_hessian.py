@@ -2,8 +2,8 @@
 
 With a row's x, S = softmax(W x + b), J = diag S − S Sᵀ, and r what its loss is multiplied with, the
 Hessian of Σ r L by W and b is H = Σ r J ⊗ x̃ x̃ᵀ, where x̃ is x, with a 1 for the bias behind it. J is
-positive semi-definite and does not depend on the label: H is the Gauss-Newton and the Fisher matrix
-too. A product with a direction takes two products of the layer where S is held, and three otherwise.
+positive semi-definite and does not depend on the label: H is the Gauss-Newton and the Fisher
+matrix too. H u takes two products of the layer where S is held, and three otherwise.
 
     S     (parts, K, n) for few classes, (n, K) for many: dimension 1 is the classes in both
     x     (parts, n, D) for few classes, (n, D) for many
@@ -81,14 +81,14 @@ class Layout:
     def spread(self, values: Tensor) -> Tensor:
         """Values of the rows of a chunk, (n,) or (n, C), in the layout of the logits."""
         values = values.unsqueeze(1) if values.dim() == 1 else values
-        return self.cut(values).transpose(1, 2) if self.classes <= FEW_CLASSES else values
+        return values if self.classes > FEW_CLASSES else self.cut(values).transpose(1, 2)
 
     def cut(self, x: Tensor) -> Tensor:
         """The rows of a chunk, (n, D), in equal parts (parts, n, D) where the classes are few."""
         if self.classes > FEW_CLASSES:
             return x
         parts = self.parts if len(x) % self.parts == 0 else 1
-        return x.unflatten(0, (parts, len(x) // parts))
+        return x.view(parts, len(x) // parts, x.shape[1])
 
     def chunks(self, batches: Iterable[Batch]) -> Iterator["Chunk"]:
         """The rows of all batches, a chunk at a time."""
@@ -182,21 +182,18 @@ def rows_to_hold(layout: Layout, device: torch.device) -> int:
 
 
 class Held:
-    """Logits or S of the first chunks, of as many as there is room for.
+    """Logits or S of the first chunks, of some rows at most."""
 
-    Args:
-        rows: The rows that there are.
-        layout: How they are cut.
-        device: Where they are held.
-        share: The number of such objects that share the room.
-    """
-
-    def __init__(self, rows: int, layout: Layout, device: torch.device, share: int = 1) -> None:
+    def __init__(self, rows: int, layout: Layout, device: torch.device) -> None:
         self.layout = layout
-        rows = min(rows, rows_to_hold(layout, device) // share)
         # Made once: small tensors that stay between large ones that go would break up the heap.
         self.room = torch.empty(rows * layout.classes, dtype=layout.dtype, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Hold nothing, with the same room."""
         self.chunks: list[Tensor] = []
+        self.used = 0
 
     def get(self, number: int) -> Tensor | None:
         """What is held of the chunk of a number, or None."""
@@ -204,14 +201,15 @@ class Held:
 
     def has_room(self, rows: int) -> bool:
         """Whether as many rows more can be held."""
-        return rows * self.layout.classes <= len(self.room)
+        return self.used + rows * self.layout.classes <= len(self.room)
 
     def add(self, number: int, value: Tensor) -> Tensor:
         """Hold a copy of a chunk if it is the next one and there is room, and return what stays."""
-        if number != len(self.chunks) or value.numel() > len(self.room):
+        end = self.used + value.numel()
+        if number != len(self.chunks) or end > len(self.room):
             return value
-        here, self.room = self.room[: value.numel()], self.room[value.numel() :]
-        self.chunks.append(here.view(value.shape).copy_(value))
+        self.chunks.append(self.room[self.used : end].view(value.shape).copy_(value))
+        self.used = end
         return self.chunks[-1]
 
 

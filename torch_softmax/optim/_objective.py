@@ -37,6 +37,7 @@ from ._hessian import (
     layout_of,
     moments_of,
     put,
+    rows_to_hold,
     sum_of_rows,
 )
 from ._rows import Rows
@@ -65,41 +66,29 @@ class Targets(NamedTuple):
     """What the losses of some rows are made of, each in the layout of their logits."""
 
     y: Tensor  # class indices or probabilities
-    mass: Tensor | None  # s, what log_sum is multiplied with: w Σ_k y_k; None for 1
-    weight: Tensor | None  # t, what the gap Σ_k y_k (top − z_k) is multiplied with: w; None for 1
+    weight: Tensor | None  # w; None for 1
+    mass: Tensor | None  # w Σ_k y_k; None for 1
 
     def block(self, block: slice) -> "Targets":
         """The targets of a block of a chunk."""
         factors = (None if t is None else cut(t, block) for t in self[1:])
         return Targets(cut(self.y, block), *factors)
 
-    def gap(self, top: Tensor | float, z: Tensor) -> Tensor:
-        """Σ_k y_k (top − z_k) of each row."""
+    def dot(self, z: Tensor) -> Tensor:
+        """W Σ_k y_k z_k of each row."""
         if self.y.is_floating_point():
-            return (self.y * (top - z)).sum(1, keepdim=True)
-        return top - z.gather(1, self.y)
-
-    def losses(self, z: Tensor, softmax: Tensor) -> Tensor:
-        """S log_sum + t gap of each row, relative to its largest logit."""
-        # S at the top is 1 / Σ_k e^{z_k − top}: no exponential is taken again.
-        log_sum = softmax.amax(1, keepdim=True).log().neg_()
-        return self._sum(log_sum, self.gap(z.amax(1, keepdim=True), z))
-
-    def slopes(self, u: Tensor, softmax: Tensor) -> Tensor:
-        """How the losses change along a change u of the logits."""
-        return self._sum((softmax * u).sum(1, keepdim=True), self.gap(0.0, u))
+            total = (self.y * z).sum(1, keepdim=True)
+        else:
+            total = z.gather(1, self.y)
+        return total if self.weight is None else self.weight * total
 
     def gradient(self, softmax: Tensor) -> Tensor:
-        """S S − t y."""
+        """The gradient of the losses by the logits, w (Σ_k y_k S − y)."""
         g = softmax if self.mass is None else softmax * self.mass
         if self.y.is_floating_point():
             return g - (self.y if self.weight is None else self.weight * self.y)
-        ones = self.y.new_ones((), dtype=g.dtype).expand(self.y.shape)
+        ones = g.new_ones(()).expand(self.y.shape)
         return g.scatter_add(1, self.y, -(ones if self.weight is None else self.weight))
-
-    def _sum(self, by_mass: Tensor, by_weight: Tensor) -> Tensor:
-        by_mass = by_mass if self.mass is None else self.mass * by_mass
-        return by_mass + (by_weight if self.weight is None else self.weight * by_weight)
 
 
 class Objective:
@@ -132,7 +121,9 @@ class Objective:
         self.layout = layout_of(classes, self.x.features, self.x.dtype, device)
         self.weight, self.divisor = self._in_means(weight)
         self.mass = self._mass()
-        self.weight_decay = weight_decay
+        # The logits of a point and S, or those of two points, are there at once.
+        self.rows_to_hold = min(len(self.x), rows_to_hold(self.layout, device) // 2)
+        self._set_decay(weight_decay)
 
     def _in_means(self, weight: Tensor | None) -> tuple[Tensor | None, float]:
         """Weights in parts of their mean over all processes, and the number of all examples.
@@ -164,6 +155,7 @@ class Objective:
         other, sums = copy.copy(self), self.sums
         other.x = self.x.to(self.x.device, sums)
         other.layout = replace(self.layout, dtype=sums)
+        other.rows_to_hold = self.rows_to_hold * self.x.dtype.itemsize // sums.itemsize
         other.weight = None if self.weight is None else self.weight.to(sums)
         other.mass = other._mass()
         return other
@@ -171,8 +163,13 @@ class Objective:
     def with_decay(self, weight_decay: float) -> "Objective":
         """The same objective with another λ."""
         other = copy.copy(self)
-        other.weight_decay = weight_decay
+        other._set_decay(weight_decay)
         return other
+
+    def _set_decay(self, weight_decay: float) -> None:
+        self.weight_decay, features = weight_decay, self.x.features
+        self.decay = self.zeros(features + self.bias)  # of each parameter of a class
+        self.decay[:features] = weight_decay
 
     def about_mean(self, moments: Moments) -> "Objective":
         """The same objective, multiplied about the mean of the rows where that is far from 0.
@@ -206,12 +203,6 @@ class Objective:
         """Parameters as they are in the dtype of the products, which is the model's."""
         return v.to(self.x.dtype).to(v.dtype)
 
-    def decayed(self, v: Tensor) -> Tensor:
-        """The gradient of the penalty: λ times v, without its bias."""
-        pull = self.weight_decay * v
-        pull[:, self.x.features :] = 0
-        return pull
-
     def mean(self, sums: Layer) -> Tensor:
         """The mean over all examples, by v (K, P), of derivatives by (W, b + W μ)."""
         by_W, by_b = sums
@@ -232,14 +223,13 @@ class Objective:
         return self.point(v, self.hold())
 
     def hold(self) -> Held:
-        """Where the logits of a point are held, as those of another and S may be besides."""
-        return Held(len(self.x), self.layout, self.x.device, share=2)
+        """Where the logits of a point, or S, are held."""
+        return Held(self.rows_to_hold, self.layout, self.x.device)
 
-    def point(self, v: Tensor, known: Held) -> Point:
-        """Value and gradient where the logits of the first chunks may be known."""
-        layer, logits = self.layer(v), Logits(self.layout)
+    def point(self, v: Tensor, known: Held, loss: float | None = None) -> Point:
+        """Value and gradient where the logits of the first chunks, or the mean loss, are known."""
+        layer, logits, total = self.layer(v), Logits(self.layout), self.zeros(1)
         sums = layer.map(lambda t: self.zeros(*t.shape))
-        loss = self.zeros(1)
         for number, (chunk, targets) in enumerate(self.chunks()):
             z = known.get(number)
             if z is None:
@@ -247,28 +237,28 @@ class Objective:
             g = torch.empty_like(z)
             for block in self.layout.blocks(z):
                 here, part = cut(z, block), targets.block(block)
-                S = formulas.softmax(here, 1)
-                loss += part.losses(here, S).sum(dtype=self.sums)
-                gradient = part.gradient(S)
+                if loss is None:
+                    total -= part.dot(here.log_softmax(1)).sum(dtype=self.sums)
+                gradient = part.gradient(formulas.softmax(here, 1))
                 if sums.b is not None:
                     sums.b.add_(sum_of_rows(gradient))
                 g = put(g, block, gradient)
             add_pulled_(sums.W, g, chunk.x)
-        value = float(self.total(loss)) / self.divisor
-        return self._penalized(v, value, self.mean(sums), known)
+        if loss is None:
+            loss = float(self.total(total)) / self.divisor
+        return self._penalized(v, loss, self.mean(sums), known)
 
     def with_penalty(self, point: Point, before: "Objective") -> Point:
         """A point of an objective with another λ, as one of this."""
-        by_loss = point.gradient - before.decayed(point.v)
+        by_loss = point.gradient - before.decay * point.v
         return self._penalized(point.v, point.loss, by_loss, point.logits)
 
     def penalty(self, v: Tensor) -> float:
         """λ/2 ‖W‖²."""
-        return 0.5 * float((self.decayed(v) * v).sum())
+        return 0.5 * float((self.decay * v * v).sum())
 
     def _penalized(self, v: Tensor, loss: float, by_loss: Tensor, logits: Held) -> Point:
-        gradient = by_loss + self.decayed(v)
-        return Point(v, loss + self.penalty(v), loss, gradient, logits)
+        return Point(v, loss + self.penalty(v), loss, by_loss + self.decay * v, logits)
 
     def hessian(self, point: Point) -> "Hessian":
         """∇²f at a point of this objective, or of one with other products."""
@@ -296,69 +286,75 @@ class Objective:
             y = self.y[part]
             y = self.layout.spread(y.to(self.x.dtype) if y.is_floating_point() else y)
             weight = None if self.weight is None else self.layout.spread(self.weight[part])
-            yield chunk, Targets(y, chunk.factor, weight)
+            yield chunk, Targets(y, weight, chunk.factor)
 
 
 class Line:
     """f along a step u from a point, v + α u.
 
-    The logits at its end are made once, and trials lie between these and the logits of the point.
-    Where there is no room for a chunk's logits, they are made for every trial.
+    The logits at the end, α = 1, are made once. If more is asked for, the change U = x̃ uᵀ of the
+    logits takes their place: trials have the logits Z + α U, and the slope is exact even for a
+    small u. Where there is no room for a chunk's logits, they are made for every trial.
     """
 
-    def __init__(self, objective: Objective, point: Point, u: Tensor) -> None:
-        self.objective, self.start, self.u = objective, point, u
-        self.logits, self.changes = Logits(objective.layout), Logits(objective.layout)
-        self.end, layer = objective.hold(), objective.layer(point.v + u)
-        for number, chunk in enumerate(objective.layout.chunks([Batch(objective.x, None)])):
-            if not self.end.has_room(chunk.part.stop - chunk.part.start):
+    def __init__(self, objective: Objective, start: Point, u: Tensor) -> None:
+        self.objective, self.start, self.u = objective, start, u
+        self.made, self.loss = objective.hold(), math.nan
+        self.made_of = start.v + u
+        self._make(self.made_of)
+
+    def _make(self, v: Tensor) -> None:
+        logits, layer = Logits(self.objective.layout), self.objective.layer(v)
+        self.made.clear()
+        for number, chunk in enumerate(
+            self.objective.layout.chunks([Batch(self.objective.x, None)])
+        ):
+            if not self.made.has_room(chunk.part.stop - chunk.part.start):
                 break
-            self.end.add(number, self.logits.at(chunk.x, *layer))
+            self.made.add(number, logits.at(chunk.x, *layer))
+        self.made_of = v
 
     def value(self, length: float) -> float:
         """f(v + α u)."""
-        loss = self._mean(length, slope=False)
-        return loss + self.objective.penalty(self.start.v + length * self.u)
+        total, v = self.objective.zeros(1), self.start.v + length * self.u
+        for targets, z, _ in self._blocks(length, along=length != 1):
+            total -= targets.dot(z.log_softmax(1)).sum(dtype=total.dtype)
+        self.loss = float(self.objective.total(total)) / self.objective.divisor
+        return self.loss + self.objective.penalty(v)
 
     def slope(self, length: float) -> float:
         """∇f(v + α u) · u."""
-        by_loss = self._mean(length, slope=True)
-        pull = self.objective.decayed(self.start.v + length * self.u)
-        return by_loss + float((pull * self.u).sum())
+        total, v = self.objective.zeros(1), self.start.v + length * self.u
+        for targets, z, change in self._blocks(length, along=True):
+            total += (targets.gradient(formulas.softmax(z, 1)) * change).sum(dtype=total.dtype)
+        by_loss = float(self.objective.total(total)) / self.objective.divisor
+        return by_loss + float((self.objective.decay * v * self.u).sum())
 
     def to(self, length: float) -> Point:
-        """The point v + α u. The line is left with it."""
-        if length != 1:
-            both = list(zip(self.start.logits.chunks, self.end.chunks, strict=False))
-            self.end.chunks = [torch.lerp(z, end, length, out=end) for z, end in both]
-        return self.objective.point(self.start.v + length * self.u, self.end)
+        """The point v + α u, whose value was the last to be asked for. It takes the line's end."""
+        if self.made_of is self.u:
+            both = zip(self.start.logits.chunks, self.made.chunks, strict=False)
+            self.made.chunks = [torch.add(z, u, alpha=length, out=u) for z, u in both]
+        return self.objective.point(self.start.v + length * self.u, self.made, self.loss)
 
-    def _mean(self, length: float, *, slope: bool) -> float:
-        """The mean loss at v + α u, or its slope along u."""
+    def _blocks(self, length: float, *, along: bool) -> Iterator[tuple[Targets, Tensor, Tensor]]:
+        """Targets and logits at v + α u, and how the logits change along u where that is needed."""
         objective = self.objective
-        total = objective.zeros(1)
+        if along and self.made_of is not self.u:
+            self._make(self.u)
+        trial, changes = Logits(objective.layout), Logits(objective.layout)
+        layer, step = objective.layer(self.start.v + length * self.u), objective.layer(self.u)
         for number, (chunk, targets) in enumerate(objective.chunks()):
-            z = self._logits(number, chunk, length)
-            u = self._change(number, chunk) if slope else None
+            z, u = self.start.logits.get(number), self.made.get(number)
+            if z is None or u is None:
+                z = trial.at(chunk.x, *layer)
+                u = changes.at(chunk.x, *step) if along else z
+            elif self.made_of is self.u:
+                z = torch.add(z, u, alpha=length)
+            else:
+                z = u
             for block in objective.layout.blocks(z):
-                here, part = cut(z, block), targets.block(block)
-                S = formulas.softmax(here, 1)
-                terms = part.losses(here, S) if u is None else part.slopes(cut(u, block), S)
-                total += terms.sum(dtype=objective.sums)
-        return float(objective.total(total)) / objective.divisor
-
-    def _logits(self, number: int, chunk: Chunk, length: float) -> Tensor:
-        z, end = self.start.logits.get(number), self.end.get(number)
-        if z is None or end is None:
-            layer = self.objective.layer(self.start.v + length * self.u)
-            return self.logits.at(chunk.x, *layer)
-        return end if length == 1 else torch.lerp(z, end, length)
-
-    def _change(self, number: int, chunk: Chunk) -> Tensor:
-        z, end = self.start.logits.get(number), self.end.get(number)
-        if z is None or end is None:
-            return self.changes.at(chunk.x, *self.objective.layer(self.u))
-        return end - z
+                yield targets.block(block), cut(z, block), cut(u, block)
 
 
 class Hessian:
@@ -389,7 +385,7 @@ class Hessian:
         out = direction.map(lambda t: zeros(*t.shape))
         add_products_(out, self.softmaxes, direction)
         by_loss = self.objective.mean(out.map(lambda t: t.squeeze(0)))
-        return by_loss.add_(self.objective.decayed(u))
+        return by_loss.addcmul_(self.objective.decay, u)
 
     def mean_curvature(self) -> float:
         """The mean curvature of the losses in a logit, without the direction that changes none."""
