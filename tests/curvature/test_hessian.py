@@ -15,7 +15,7 @@ from tests.helpers import NewTensors, assert_identical, assert_same, untouched
 from tests.scripts.benchmark.test_benchmark import Products
 from torch_softmax import SoftmaxRegression
 from torch_softmax.curvature import HeadHessian
-from torch_softmax.losses import _sweeps
+from torch_softmax.optim import _hessian
 
 every_chunk = pytest.mark.parametrize("chunk_size", [4, None])
 
@@ -81,7 +81,7 @@ def test_factors(head):
 
 
 def test_chunks_that_no_cache_holds_are_gone_over_in_blocks(head, monkeypatch):
-    monkeypatch.setattr(_sweeps, "cached_rows", lambda _: 2)
+    monkeypatch.setattr(_hessian, "cached_rows", lambda _: 2)
     H, expected, u = operator(head, chunk_size=7), matrix(head), head.direction(3)
     assert_same(flat(H @ u), flat(u) @ expected)
     assert_same(flat(H.diagonal()), expected.diagonal())

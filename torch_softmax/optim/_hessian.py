@@ -12,7 +12,7 @@ Source: Böhning, Multinomial logistic regression algorithm (1992), equation 2.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -125,14 +125,10 @@ class Chunk:
 
 
 def layout_of(
-    classes: int,
-    features: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    chunk_size: int | None = None,
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, chunk_size: int | None = None
 ) -> Layout:
-    """A layout that is fast, with a given number of rows or one that fits the caches."""
-    on_cpu, features = device.type == "cpu", max(1, features)
+    """A layout for a weight (K, D), with a given number of rows or one that fits the caches."""
+    on_cpu, classes, features = device.type == "cpu", shape[0], max(1, shape[1])
     parts = torch.get_num_threads() if on_cpu and classes <= FEW_CLASSES else 1
     if chunk_size is None and classes > FEW_CLASSES:
         chunk_size = default_chunk_size(classes, features, device)
@@ -306,7 +302,7 @@ def moments_of(
     bias: bool,
     total: Callable[[Tensor], Tensor] = alone,
 ) -> Moments:
-    """The moments of all rows, each weighted by its factor, which is at least 0.
+    """The moments of all rows, each weighted by the size of its factor.
 
     Args:
         batches: The rows; gone over twice where there is a bias, and once otherwise.
@@ -320,7 +316,7 @@ def moments_of(
         for rows, factor in batches:
             for part in slices(len(rows), layout.step):
                 x = cast(rows.read(part), layout.dtype)
-                yield x, x.new_ones(len(x)) if factor is None else factor[part]
+                yield x, x.new_ones(len(x)) if factor is None else factor[part].abs()
 
     mean = None
     if bias:

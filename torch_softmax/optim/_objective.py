@@ -118,7 +118,7 @@ class Objective:
         self.y, self.bias, self.total = target, bias, total
         device = self.x.device
         self.sums = self.x.dtype if device.type == "mps" else torch.float64
-        self.layout = layout_of(classes, self.x.features, self.x.dtype, device)
+        self.layout = layout_of((classes, self.x.features), self.x.dtype, device)
         self.weight, self.divisor = self._in_means(weight)
         self.mass = self._mass()
         # The logits of a point and S, or those of two points, are there at once.
