@@ -492,7 +492,7 @@ MUTANTS = [
         (
             "objective: moments about 0",
             "moments",
-            lambda f: lambda self: f(self)._replace(mean=torch.zeros(self.examples.features)),
+            lambda f: lambda self: f(self)._replace(mean=torch.zeros(self.x.features)),
         ),
     ),
     *mutants(
@@ -500,7 +500,7 @@ MUTANTS = [
         (
             "objective: forget the penalty in H",
             "__call__",
-            lambda f: lambda self, u: f(self, u) - self.decay * u,
+            lambda f: lambda self, u: f(self, u) - self.objective.decay * u,
         ),
     ),
     *mutants(

@@ -203,6 +203,29 @@ def test_batches_of_other_rows_raise(plain):
         H.trace()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, y, r: (-x, y, r),
+        lambda x, y, r: (x.flip(1), y, r),
+        lambda x, y, r: (x, y.roll(1), r),
+        lambda x, y, r: (x, y, r.roll(1)),
+        lambda x, y, r: (x, y, -r),
+        lambda x, y, r: (x[[0, 0, 2, 3]], y, r),
+    ],
+    ids=["signs", "features", "ignored rows", "row weights", "their sign", "another row"],
+)
+def test_batches_whose_sizes_are_the_same_raise_where_their_rows_are_others(plain, change):
+    x, r = plain.input[:4], torch.rand(4, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, -100])
+    batches = [(x, y, r)]
+    H = HeadHessian(batches, plain.linear_weight)
+    H.trace()
+    batches[0] = change(x, y, r)
+    with pytest.raises(ValueError, match=r"input must give the same rows .* got others"):
+        H.trace()
+
+
 def test_batches_may_come_in_any_order(plain):
     rows = TensorDataset(plain.input)
     H = HeadHessian(DataLoader(rows, batch_size=3, shuffle=True), plain.linear_weight)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.regression import CLASSES, WEIGHT_DECAY, probabilities
 from torch_softmax import SoftmaxRegression
@@ -495,6 +496,57 @@ def test_a_step_that_goes_too_far_is_shortened(problem):
     point = f.at(v)
     below = _descent.descend(f, point, -1000 * point.gradient)
     assert below.value < point.value
+
+
+class RowProducts(TorchDispatchMode):
+    """Counts the products that make something of each row, and those that add up over rows."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows, self.made, self.added = rows, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
+            if self.rows in result.shape:
+                self.made += 1
+            elif any(self.rows in t.shape for t in args if isinstance(t, torch.Tensor)):
+                self.added += CLASSES in result.shape  # or they are moments
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_are_made_once_a_step(examples, dtype):
+    input, target = examples
+    with RowProducts(len(input)) as counted:
+        result = newton.minimize(new_model(dtype), input.to(dtype), target, WEIGHT_DECAY)
+    assert result.steps > 3
+    # The start is compared with parameters of 0, all steps are whole, and the last parameters are
+    # looked at as they are rounded.
+    expected = 2 + result.steps + result.products + (dtype == torch.float32)
+    assert (counted.made, counted.added) == (expected, expected)
+
+
+@pytest.mark.parametrize("times", [0.01, 100, 10_000])
+def test_a_trial_of_the_line_search_takes_no_product(problem, times):
+    f, v, input, _ = problem
+    point = f.at(v)
+    with RowProducts(len(input)) as counted:
+        descended = _descent.descend(f, point, -times * point.gradient)
+    whole = torch.allclose(descended.v, v - times * point.gradient)
+    assert whole == (times < 1)
+    # The logits at its end, and how they change along it once that is refused.
+    assert (counted.made, counted.added) == (1 if whole else 2, 1)
+
+
+@pytest.mark.parametrize("times", [0.01, 100])
+def test_logits_of_a_point_are_those_of_its_parameters(problem, times):
+    f, v, *_ = problem
+    point = f.at(v)
+    descended = _descent.descend(f, point, -times * point.gradient)
+    exact = f.at(descended.v)
+    assert descended.value == pytest.approx(exact.value, rel=1e-14)
+    torch.testing.assert_close(descended.gradient, exact.gradient, rtol=0, atol=1e-15)
 
 
 def test_no_step_goes_uphill(problem):

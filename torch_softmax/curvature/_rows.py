@@ -106,7 +106,7 @@ class Data:
                 if not (self.may_be_negative or bool((batch.factor >= 0).all())):
                     raise ValueError("hessian must have row weights of at least 0, got one below")
             yield batch
-        before, self.sums = self.sums, sums
+        before, self.sums = self.sums, None if self.are_given else sums
         if before is not None and not bool(((sums - before)[0].abs() <= _SAME * sums[1]).all()):
             raise ValueError(
                 "input must give the same rows each time, as one operator is a sum over them, got "
