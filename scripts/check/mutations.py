@@ -42,6 +42,7 @@ TESTS_OF = {
     "losses/_sweeps.py": ["tests/losses/test_linear.py", "tests/losses/test_promises.py"],
     "losses/_autograd.py": ["tests/losses/test_softmax.py", "tests/losses/test_small.py"],
     "optim/_objective.py": ["tests/optim"],
+    "optim/_hessian.py": ["tests/curvature/test_hessian.py", "tests/optim"],
     "curvature/_sweeps.py": ["tests/curvature/test_hessian.py"],
     "losses/_many.py": ["tests/losses/test_many.py"],
     "curvature/_solve.py": ["tests/curvature/test_solve.py"],
@@ -161,10 +162,22 @@ TEXTS = [
         "t[: some.stop - some.start].flatten(0, 1)",
     ),
     Text(
+        "hessian: what the rows count is left out",
+        "optim/_hessian.py",
+        "chunk.weighted(product.flatten(1, 2), block)",
+        "product.flatten(1, 2)",
+    ),
+    Text(
+        "newton: trials of half the length",
+        "optim/_objective.py",
+        "z = torch.add(z, u, alpha=length)",
+        "z = torch.add(z, u, alpha=length / 2)",
+    ),
+    Text(
         "curvature: the diagonal of x, not of its square",
         "curvature/_sweeps.py",
-        "cast(chunk.x, a.dtype).square()",
-        "cast(chunk.x, a.dtype)",
+        "a, cast(chunk.x, S.dtype).square()",
+        "a, cast(chunk.x, S.dtype)",
     ),
     Text(
         "curvature: the trace without that of the bias",

@@ -152,7 +152,7 @@ class Logits:
         self.buffer: Tensor | None = None
 
     def at(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """X Wᵀ + b, for the classes of a layer or of several."""
+        """The logits x Wᵀ + b, for the classes of a layer or of several."""
         dtype = self.layout.dtype
         if x.dim() == 3:
             z = torch.bmm(cast(W, dtype).expand(len(x), -1, -1), x.transpose(1, 2))
