@@ -125,8 +125,13 @@ class HeadHessian:
         self.data = Data(input, target, row_weight, ignore_index, self.layer)
         # Batches may come in another order each time, and whoever gives a size wants no more held.
         self.may_hold = self.data.are_given and chunk_size is None
-        given = {"input": input, "target": target, "row_weight": row_weight}
-        self.given = Watched(given | {"linear_weight": linear_weight, "linear_bias": linear_bias})
+        self.given = Watched(
+            input=input,
+            target=target,
+            row_weight=row_weight,
+            linear_weight=linear_weight,
+            linear_bias=linear_bias,
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -208,12 +213,11 @@ class HeadHessian:
                 self._zeros(dtype=torch.float64),
             ),
         )
-        weight = outer.weight.to(self.dtype)
-        of_input = outer.of_input
+        weight, of_input = outer.weight.to(self.dtype), outer.of_input
         if self.layer.b is not None:
-            row = torch.cat([outer.of_ones, weight.view(1)])
-            of_input = torch.cat([of_input, outer.of_ones.unsqueeze(0)])
-            of_input = torch.cat([of_input, row.unsqueeze(1)], 1)
+            ones = outer.of_ones.unsqueeze(1)
+            below = torch.cat([ones.t(), weight.view(1, 1)], 1)
+            of_input = torch.cat([torch.cat([of_input, ones], 1), below])
         of_classes = outer.diagonal
         if outer.of_classes is not None:
             of_classes = -outer.of_classes
@@ -331,10 +335,8 @@ class HeadHessian:
 
     def _moments(self) -> Moments:
         """The moments of all rows, in the dtype of the products."""
-        zeros, bias = (
-            self._zeros(self.layer.W.shape[1], dtype=torch.float64),
-            self.layer.b is not None,
-        )
+        zeros = self._zeros(self.layer.W.shape[1], dtype=torch.float64)
+        bias = self.layer.b is not None
         mean, second, _ = moments_of(self.data, self.layout, zeros, bias=bias)
         return Moments(None if mean is None else mean.to(self.dtype), second.to(self.dtype))
 

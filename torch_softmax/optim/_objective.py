@@ -6,9 +6,9 @@ v = (W, b) are the parameters of a linear layer, (K, P): with P = D + 1, the las
 with P = D where there is no bias. The weights w of the examples are 1 unless they are given. v and
 sums over examples are in float64 where the device has that, and products in the dtype of x.
 
-A point holds its logits, as far as there is room. Along a step they are Z + α (Z₁ − Z), so that a
-trial of the line search takes no product, and the Hessian at the point makes S of them. Z₁ is a
-product of its own at each step's end, so that no rounding adds up from step to step.
+A point holds its logits, as far as there is room, and the Hessian at the point makes S of them. A
+step's end has logits of its own, so that no rounding adds up from step to step. A shorter step has
+the logits Z + α U, so that no trial of the line search takes a product.
 """
 
 import copy
