@@ -9,8 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.regression import CLASSES, WEIGHT_DECAY, probabilities
 from torch_softmax import SoftmaxRegression
-from torch_softmax.optim import Rows, _descent, _hessian, newton
-from torch_softmax.optim._objective import Objective
+from torch_softmax.optim import Rows, _descent, _hessian, _objective, newton
 
 
 def new_model(dtype=torch.float64, features=64, **options):
@@ -404,7 +403,7 @@ def test_float32_comes_to_the_optimum_at_weak_penalties(examples, weight_decay, 
     expected = newton.minimize(
         exact, input.double(), target, weight_decay, weight_tolerance=1e-6, **options
     )
-    f = Objective(input.double(), target, CLASSES, weight_decay, True, weight)
+    f = _objective.Objective(input.double(), target, CLASSES, weight_decay, True, weight)
     v = torch.cat([model.weight, model.bias.unsqueeze(1)], 1).detach().double()
     assert f.at(v).value == pytest.approx(expected.objective, rel=1e-7)
 
@@ -433,13 +432,31 @@ def test_rows_are_shifted_before_they_are_rounded(dtype):
     assert rows.tolist() == [[0.5], [1.0]]
 
 
-def test_softmaxes_that_do_not_fit_are_worked_out_again(examples, monkeypatch):
-    held, again = new_model(), new_model()
+@pytest.mark.parametrize("classes", [CLASSES, 40], ids=["few classes", "many classes"])
+@pytest.mark.parametrize("rows", [0, 600], ids=["none", "some"])
+def test_logits_that_do_not_fit_are_worked_out_again(examples, monkeypatch, classes, rows):
+    input, target = examples
+    target = (target + 10 * torch.arange(len(target))) % classes
+    monkeypatch.setattr(_hessian, "_CACHED_INPUT", 1)  # 512 rows in a chunk
+    held, again = (SoftmaxRegression(64, classes, dtype=torch.float64) for _ in range(2))
     again.load_state_dict(held.state_dict())
-    newton.minimize(held, *examples, WEIGHT_DECAY)
-    monkeypatch.setattr(_hessian, "_HELD", 0.0)
-    newton.minimize(again, *examples, WEIGHT_DECAY)
-    assert_same_parameters(again, held, rtol=0, atol=0)
+    newton.minimize(held, input, target, WEIGHT_DECAY)
+    monkeypatch.setattr(_objective, "rows_to_hold", lambda *_: 2 * rows)
+    newton.minimize(again, input, target, WEIGHT_DECAY)
+    assert_same_parameters(again, held, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [0, 600, 1442])
+def test_a_shorter_step_has_its_own_logits_whatever_fits(examples, monkeypatch, rows):
+    input, target = examples
+    monkeypatch.setattr(_hessian, "_CACHED_INPUT", 1)
+    monkeypatch.setattr(_objective, "rows_to_hold", lambda *_: 2 * rows)
+    f = _objective.Objective(input, target, 40, WEIGHT_DECAY, True)
+    point = f.at(torch.randn(40, 65, dtype=torch.float64))
+    descended = _descent.descend(f, point, -1000 * point.gradient)
+    exact = f.at(descended.v)
+    assert descended.value == pytest.approx(exact.value, rel=1e-14)
+    torch.testing.assert_close(descended.gradient, exact.gradient, rtol=0, atol=1e-15)
 
 
 # Steps

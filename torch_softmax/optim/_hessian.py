@@ -272,7 +272,7 @@ def add_products_(out: Layer, softmaxes: Softmaxes, directions: Layer) -> None:
                 product = formulas.jacobian_product(cut(S, block).unsqueeze(1), along, 2)
                 product = chunk.weighted(product.flatten(1, 2), block)
                 if out.b is not None:
-                    out.b[some] += sum_of_rows(product).view(-1, layout.classes)
+                    out.b[some].add_(sum_of_rows(product).view(-1, layout.classes))
                 u = put(u, block, product)
             add_pulled_(out.W[some].flatten(0, 1), u, chunk.x)
 

@@ -188,9 +188,9 @@ class Objective:
     # Parameters
 
     def split(self, v: Tensor) -> Layer:
-        """(W, b) as views of v."""
+        """(W, b) as views of v (..., K, P)."""
         D = self.x.features
-        return Layer(v[:, :D], v[:, D] if self.bias else None)
+        return Layer(v[..., :D], v[..., D] if self.bias else None)
 
     def layer(self, v: Tensor) -> Layer:
         """(W, b + W μ) in the dtype of the products."""
@@ -208,8 +208,8 @@ class Objective:
         by_W, by_b = sums
         if by_b is not None:
             if self.x.centre is not None:
-                by_W = by_W + by_b.unsqueeze(1) * self.x.centre.to(by_W.dtype)
-            by_W = torch.cat([by_W, by_b.unsqueeze(1)], 1)
+                by_W = by_W + by_b.unsqueeze(-1) * self.x.centre.to(by_W.dtype)
+            by_W = torch.cat([by_W, by_b.unsqueeze(-1)], -1)
         return self.total(by_W) / self.divisor
 
     def zeros(self, *shape: int) -> Tensor:
@@ -339,16 +339,15 @@ class Line:
 
     def _blocks(self, length: float, *, along: bool) -> Iterator[tuple[Targets, Tensor, Tensor]]:
         """Targets and logits at v + α u, and how the logits change along u where that is needed."""
-        objective = self.objective
+        objective, v = self.objective, self.start.v + length * self.u
         if along and self.made_of is not self.u:
             self._make(self.u)
         trial, changes = Logits(objective.layout), Logits(objective.layout)
-        layer, step = objective.layer(self.start.v + length * self.u), objective.layer(self.u)
         for number, (chunk, targets) in enumerate(objective.chunks()):
             z, u = self.start.logits.get(number), self.made.get(number)
             if z is None or u is None:
-                z = trial.at(chunk.x, *layer)
-                u = changes.at(chunk.x, *step) if along else z
+                z = trial.at(chunk.x, *objective.layer(v))
+                u = changes.at(chunk.x, *objective.layer(self.u)) if along else z
             elif self.made_of is self.u:
                 z = torch.add(z, u, alpha=length)
             else:
@@ -380,12 +379,10 @@ class Hessian:
 
     def __call__(self, u: Tensor) -> Tensor:
         """∇²f u."""
-        zeros, layer = self.objective.zeros, self.objective.layer(u)
-        direction = layer.map(lambda t: t.unsqueeze(0))
-        out = direction.map(lambda t: zeros(*t.shape))
+        direction = self.objective.layer(u.unsqueeze(0))
+        out = direction.map(lambda t: torch.zeros_like(t, dtype=u.dtype))
         add_products_(out, self.softmaxes, direction)
-        by_loss = self.objective.mean(out.map(lambda t: t.squeeze(0)))
-        return by_loss.addcmul_(self.objective.decay, u)
+        return self.objective.mean(out)[0].addcmul_(self.objective.decay, u)
 
     def mean_curvature(self) -> float:
         """The mean curvature of the losses in a logit, without the direction that changes none."""
