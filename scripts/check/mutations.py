@@ -170,8 +170,8 @@ TEXTS = [
     Text(
         "newton: trials of half the length",
         "optim/_objective.py",
-        "z = torch.add(z, u, alpha=length)",
-        "z = torch.add(z, u, alpha=length / 2)",
+        "else torch.lerp(z, end, length)",
+        "else torch.lerp(z, end, length / 2)",
     ),
     Text(
         "curvature: the diagonal of x, not of its square",

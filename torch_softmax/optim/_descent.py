@@ -14,6 +14,7 @@ from ._objective import Line, Objective, Point
 # A linear system is solved until its residual is this part of what it was.
 _FORCING = 0.25
 _MAX_HALVINGS = 40  # of a step
+_ROUNDING = 1e-4  # the part of a value that rounding may hide, at most
 # A matrix of second moments takes the arithmetic of D / 2K products, in a third of their time. It
 # is worth that where it saves a third of more products.
 _WORTH = 0.25
@@ -245,7 +246,13 @@ def descend(objective: Objective, point: Point, u: Tensor) -> Point | None:
     line = Line(objective, point, u)
     for halvings in range(_MAX_HALVINGS):
         length = 0.5**halvings
-        below = point.value + 1e-4 * length * slope
-        if line.value(length) <= below or line.slope(length) <= 0:
+        value = line.value(length)
+        if value <= point.value + 1e-4 * length * slope:
             return line.to(length)
+        # Where f is higher, and be it by more than rounding, its slope is positive.
+        if value <= point.value + _ROUNDING * abs(point.value):
+            trial = line.to(length)
+            if dot(trial.gradient, u) <= 0:
+                return trial
+            line = line if length == 1 else Line(objective, point, u)
     return None

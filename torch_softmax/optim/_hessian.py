@@ -184,10 +184,6 @@ class Held:
         self.layout = layout
         # Made once: small tensors that stay between large ones that go would break up the heap.
         self.room = torch.empty(rows * layout.classes, dtype=layout.dtype, device=device)
-        self.clear()
-
-    def clear(self) -> None:
-        """Hold nothing, with the same room."""
         self.chunks: list[Tensor] = []
         self.used = 0
 

@@ -7,8 +7,8 @@ with P = D where there is no bias. The weights w of the examples are 1 unless th
 sums over examples are in float64 where the device has that, and products in the dtype of x.
 
 A point holds its logits, as far as there is room, and the Hessian at the point makes S of them. A
-step's end has logits of its own, so that no rounding adds up from step to step. A shorter step has
-the logits Z + α U, so that no trial of the line search takes a product.
+step's end has logits of its own, so that no rounding adds up from step to step, and a shorter step
+has logits in between: no trial of the line search takes a product.
 """
 
 import copy
@@ -292,68 +292,41 @@ class Objective:
 class Line:
     """f along a step u from a point, v + α u.
 
-    The logits at the end, α = 1, are made once. If more is asked for, the change U = x̃ uᵀ of the
-    logits takes their place: trials have the logits Z + α U, and the slope is exact even for a
-    small u. Where there is no room for a chunk's logits, they are made for every trial.
+    The logits at the end, v + u, are made once, and trials lie between these and the logits of the
+    point. Where there is no room for a chunk's logits, they are made for every trial.
     """
 
     def __init__(self, objective: Objective, start: Point, u: Tensor) -> None:
         self.objective, self.start, self.u = objective, start, u
-        self.made, self.loss = objective.hold(), math.nan
-        self.made_of = start.v + u
-        self._make(self.made_of)
-
-    def _make(self, v: Tensor) -> None:
-        logits, layer = Logits(self.objective.layout), self.objective.layer(v)
-        self.made.clear()
-        for number, chunk in enumerate(
-            self.objective.layout.chunks([Batch(self.objective.x, None)])
-        ):
-            if not self.made.has_room(chunk.part.stop - chunk.part.start):
+        self.end, self.loss = objective.hold(), math.nan
+        logits, layer = Logits(objective.layout), objective.layer(start.v + u)
+        for number, chunk in enumerate(objective.layout.chunks([Batch(objective.x, None)])):
+            if not self.end.has_room(chunk.part.stop - chunk.part.start):
                 break
-            self.made.add(number, logits.at(chunk.x, *layer))
-        self.made_of = v
+            self.end.add(number, logits.at(chunk.x, *layer))
 
     def value(self, length: float) -> float:
         """f(v + α u)."""
-        total, v = self.objective.zeros(1), self.start.v + length * self.u
-        for targets, z, _ in self._blocks(length, along=length != 1):
-            total -= targets.dot(z.log_softmax(1)).sum(dtype=total.dtype)
-        self.loss = float(self.objective.total(total)) / self.objective.divisor
-        return self.loss + self.objective.penalty(v)
-
-    def slope(self, length: float) -> float:
-        """∇f(v + α u) · u."""
-        total, v = self.objective.zeros(1), self.start.v + length * self.u
-        for targets, z, change in self._blocks(length, along=True):
-            total += (targets.gradient(formulas.softmax(z, 1)) * change).sum(dtype=total.dtype)
-        by_loss = float(self.objective.total(total)) / self.objective.divisor
-        return by_loss + float((self.objective.decay * v * self.u).sum())
+        objective, v = self.objective, self.start.v + length * self.u
+        logits, total = Logits(objective.layout), objective.zeros(1)
+        for number, (chunk, targets) in enumerate(objective.chunks()):
+            z, end = self.start.logits.get(number), self.end.get(number)
+            if z is None or end is None:
+                z = logits.at(chunk.x, *objective.layer(v))
+            else:
+                z = end if length == 1 else torch.lerp(z, end, length)
+            for block in objective.layout.blocks(z):
+                losses = targets.block(block).dot(cut(z, block).log_softmax(1))
+                total -= losses.sum(dtype=total.dtype)
+        self.loss = float(objective.total(total)) / objective.divisor
+        return self.loss + objective.penalty(v)
 
     def to(self, length: float) -> Point:
-        """The point v + α u, whose value was the last to be asked for. It takes the line's end."""
-        if self.made_of is self.u:
-            both = zip(self.start.logits.chunks, self.made.chunks, strict=False)
-            self.made.chunks = [torch.add(z, u, alpha=length, out=u) for z, u in both]
-        return self.objective.point(self.start.v + length * self.u, self.made, self.loss)
-
-    def _blocks(self, length: float, *, along: bool) -> Iterator[tuple[Targets, Tensor, Tensor]]:
-        """Targets and logits at v + α u, and how the logits change along u where that is needed."""
-        objective, v = self.objective, self.start.v + length * self.u
-        if along and self.made_of is not self.u:
-            self._make(self.u)
-        trial, changes = Logits(objective.layout), Logits(objective.layout)
-        for number, (chunk, targets) in enumerate(objective.chunks()):
-            z, u = self.start.logits.get(number), self.made.get(number)
-            if z is None or u is None:
-                z = trial.at(chunk.x, *objective.layer(v))
-                u = changes.at(chunk.x, *objective.layer(self.u)) if along else z
-            elif self.made_of is self.u:
-                z = torch.add(z, u, alpha=length)
-            else:
-                z = u
-            for block in objective.layout.blocks(z):
-                yield targets.block(block), cut(z, block), cut(u, block)
+        """The point v + α u, whose value was the last to be asked for. It takes the end's room."""
+        if length != 1:
+            both = zip(self.start.logits.chunks, self.end.chunks, strict=False)
+            self.end.chunks = [torch.lerp(z, end, length, out=end) for z, end in both]
+        return self.objective.point(self.start.v + length * self.u, self.end, self.loss)
 
 
 class Hessian:
