@@ -308,24 +308,29 @@ def moments_of(
         total: Adds up a tensor over all processes.
     """
 
-    def read() -> Iterator[tuple[Tensor, Tensor]]:
+    def read(mean: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | int]]:
+        """Some rows x − mean, the same times their weights, and the sum of these."""
         for rows, factor in batches:
             for part in slices(len(rows), layout.step):
                 x = cast(rows.read(part), layout.dtype)
-                yield x, x.new_ones(len(x)) if factor is None else factor[part].abs()
+                x = x if mean is None else x - mean.to(x.dtype)
+                if factor is None:
+                    yield x, x, len(x)
+                else:
+                    weight = factor[part].abs()
+                    yield x, weight.unsqueeze(1) * x, weight.sum(dtype=zeros.dtype)
 
     mean = None
     if bias:
         ones, count = zeros.clone(), zeros.new_zeros(())
-        for x, weight in read():
-            ones += weight @ x
-            count += weight.sum(dtype=zeros.dtype)
+        for _, weighted, weight in read(None):
+            ones += weighted.sum(0)
+            count += weight
         mean = total(ones) / _above_0(total(count))
     second, count = zeros.new_zeros(len(zeros), len(zeros)), zeros.new_zeros(())
-    for x, weight in read():
-        about = x if mean is None else x - mean.to(x.dtype)
-        second += about.t() @ (weight.unsqueeze(1) * about)
-        count += weight.sum(dtype=zeros.dtype)
+    for x, weighted, weight in read(mean):
+        second += x.t() @ weighted
+        count += weight
     return Moments(mean, total(second) / _above_0(total(count)), layout.dtype)
 
 
