@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from tests.regression import CLASSES, WEIGHT_DECAY, probabilities
-
-Objective = None
 from torch_softmax.mnist.data import load_dataset
+from torch_softmax.optim._objective import Objective
 
 
 def pytest_configure(config):
@@ -85,4 +84,4 @@ def problem(request, examples, bias):
     if request.param == "probabilities":
         target = probabilities(target)
     v = 0.3 * torch.randn(CLASSES, 64 + bias, dtype=torch.float64)
-    return Objective(input, target, WEIGHT_DECAY, bias), v, input, target
+    return Objective(input, target, CLASSES, WEIGHT_DECAY, bias), v, input, target

@@ -19,7 +19,6 @@ from torch_softmax.losses import (
     _chunked,
     _cross_entropy,
     _formulas,
-    _objective,
     _small,
     _sweeps,
     _targets,
@@ -28,6 +27,7 @@ from torch_softmax.losses import (
 )
 from torch_softmax.losses._formulas import Numbers, Target, times
 from torch_softmax.mnist import training
+from torch_softmax.optim import _objective
 
 Function = Any  # each has a signature of its own
 
@@ -492,7 +492,7 @@ MUTANTS = [
         (
             "objective: moments about 0",
             "moments",
-            lambda f: lambda self: f(self)._replace(mean=torch.zeros(self.examples.features)),
+            lambda f: lambda self: f(self)._replace(mean=torch.zeros(self.x.features)),
         ),
     ),
     *mutants(
@@ -500,7 +500,7 @@ MUTANTS = [
         (
             "objective: forget the penalty in H",
             "__call__",
-            lambda f: lambda self, u: f(self, u) - self.decay * u,
+            lambda f: lambda self, u: f(self, u) - self.objective.decay * u,
         ),
     ),
     *mutants(

@@ -15,7 +15,7 @@ from tests.helpers import NewTensors, assert_identical, assert_same, untouched
 from tests.scripts.benchmark.test_benchmark import Products
 from torch_softmax import SoftmaxRegression
 from torch_softmax.curvature import HeadHessian
-from torch_softmax.losses import _sweeps
+from torch_softmax.optim import _hessian
 
 every_chunk = pytest.mark.parametrize("chunk_size", [4, None])
 
@@ -81,7 +81,7 @@ def test_factors(head):
 
 
 def test_chunks_that_no_cache_holds_are_gone_over_in_blocks(head, monkeypatch):
-    monkeypatch.setattr(_sweeps, "cached_rows", lambda _: 2)
+    monkeypatch.setattr(_hessian, "cached_rows", lambda _: 2)
     H, expected, u = operator(head, chunk_size=7), matrix(head), head.direction(3)
     assert_same(flat(H @ u), flat(u) @ expected)
     assert_same(flat(H.diagonal()), expected.diagonal())
@@ -199,6 +199,29 @@ def test_batches_of_other_rows_raise(plain):
     H = HeadHessian(batches, plain.linear_weight)
     H.trace()
     batches[0] = batches[0].flip(0) + 1e-3
+    with pytest.raises(ValueError, match=r"input must give the same rows .* got others"):
+        H.trace()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, y, r: (-x, y, r),
+        lambda x, y, r: (x.flip(1), y, r),
+        lambda x, y, r: (x, y.roll(1), r),
+        lambda x, y, r: (x, y, r.roll(1)),
+        lambda x, y, r: (x, y, -r),
+        lambda x, y, r: (x[[0, 0, 2, 3]], y, r),
+    ],
+    ids=["signs", "features", "ignored rows", "row weights", "their sign", "another row"],
+)
+def test_batches_whose_sizes_are_the_same_raise_where_their_rows_are_others(plain, change):
+    x, r = plain.input[:4], torch.rand(4, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, -100])
+    batches = [(x, y, r)]
+    H = HeadHessian(batches, plain.linear_weight)
+    H.trace()
+    batches[0] = change(x, y, r)
     with pytest.raises(ValueError, match=r"input must give the same rows .* got others"):
         H.trace()
 

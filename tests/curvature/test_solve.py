@@ -14,7 +14,8 @@ from tests.curvature.dense import dense_hessian, flat
 from tests.helpers import NewTensors, assert_identical
 from tests.scripts.benchmark.test_benchmark import Products
 from torch_softmax._checks import UserError
-from torch_softmax.curvature import HeadHessian, _scipy, _sweeps
+from torch_softmax.curvature import HeadHessian, _scipy
+from torch_softmax.optim import _hessian
 
 
 @pytest.fixture(params=[5, 40], ids=["few classes", "many classes"])
@@ -153,7 +154,7 @@ def in_chunks(head):
     """An operator that may hold S, of a head whose rows are not all in the same chunk."""
     given, named = head.arguments()
     H = HeadHessian(*given, **named)
-    H.how = replace(H.how, step=4)
+    H.layout = replace(H.layout, step=4)
     return H
 
 
@@ -162,8 +163,8 @@ def in_chunks(head):
 @pytest.mark.parametrize("cached", [2, 100], ids=["in blocks", "at once"])
 def test_what_is_held_changes_no_digit(problem, of, rows, cached, monkeypatch):
     H, _, head = problem
-    monkeypatch.setattr("torch_softmax.losses._sweeps.cached_rows", lambda _: cached)
-    monkeypatch.setattr(_sweeps, "rows_to_hold", lambda *_: rows)
+    monkeypatch.setattr(_hessian, "cached_rows", lambda _: cached)
+    monkeypatch.setattr("torch_softmax.curvature.hessian.rows_to_hold", lambda *_: rows)
     g = head.direction(2)
     assert_identical(of(in_chunks(head), g), of(H, g))
 
@@ -171,7 +172,7 @@ def test_what_is_held_changes_no_digit(problem, of, rows, cached, monkeypatch):
 @pytest.mark.parametrize(("rows", "chunks_made"), [(100, 0), (9, 1), (3, 3)])
 def test_a_product_makes_only_what_is_not_held(problem, rows, chunks_made, monkeypatch):
     H, _, head = problem
-    monkeypatch.setattr(_sweeps, "rows_to_hold", lambda *_: rows)
+    monkeypatch.setattr("torch_softmax.curvature.hessian.rows_to_hold", lambda *_: rows)
     H = in_chunks(head)
     held, u = H._to_hold(), H.layer._replace(W=H.layer.W[None], b=None)
     u = u if H.layer.b is None else u._replace(b=H.layer.b[None])
@@ -204,7 +205,7 @@ def test_nothing_is_held_afterwards(problem, of, monkeypatch):
     _, _, head = problem
     made = []
 
-    class Held(_sweeps.Held):
+    class Held(_hessian.Held):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(weakref.ref(self))

@@ -11,7 +11,7 @@ from torch_softmax.optim._conjugate_gradients import solve as solve_system
 
 def solve(f, v, relative=0.0, absolute=0.0):
     """The Hessian at v, and the solution of a Newton step from there."""
-    hessian = f.hessian(v)
+    hessian = f.hessian(f.at(v))
     precondition = Preconditioner(f.moments(), hessian.mean_curvature(), WEIGHT_DECAY, None)
     accuracy = Accuracy(relative, absolute)
     return hessian, solve_system(hessian, f.at(v).gradient, precondition, accuracy)

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.regression import CLASSES, WEIGHT_DECAY, probabilities
 from torch_softmax import SoftmaxRegression
-from torch_softmax.losses import _hessian
-from torch_softmax.losses._objective import Objective
-from torch_softmax.optim import Rows, _descent, newton
+from torch_softmax.optim import Rows, _descent, _hessian, _objective, newton
 
 
 def new_model(dtype=torch.float64, features=64, **options):
@@ -404,7 +403,7 @@ def test_float32_comes_to_the_optimum_at_weak_penalties(examples, weight_decay, 
     expected = newton.minimize(
         exact, input.double(), target, weight_decay, weight_tolerance=1e-6, **options
     )
-    f = Objective(input.double(), target, weight_decay, True, weight)
+    f = _objective.Objective(input.double(), target, CLASSES, weight_decay, True, weight)
     v = torch.cat([model.weight, model.bias.unsqueeze(1)], 1).detach().double()
     assert f.at(v).value == pytest.approx(expected.objective, rel=1e-7)
 
@@ -433,13 +432,31 @@ def test_rows_are_shifted_before_they_are_rounded(dtype):
     assert rows.tolist() == [[0.5], [1.0]]
 
 
-def test_softmaxes_that_do_not_fit_are_worked_out_again(examples, monkeypatch):
-    held, again = new_model(), new_model()
+@pytest.mark.parametrize("classes", [CLASSES, 40], ids=["few classes", "many classes"])
+@pytest.mark.parametrize("rows", [0, 600], ids=["none", "some"])
+def test_logits_that_do_not_fit_are_worked_out_again(examples, monkeypatch, classes, rows):
+    input, target = examples
+    target = (target + 10 * torch.arange(len(target))) % classes
+    monkeypatch.setattr(_hessian, "_CACHED_INPUT", 1)  # 512 rows in a chunk
+    held, again = (SoftmaxRegression(64, classes, dtype=torch.float64) for _ in range(2))
     again.load_state_dict(held.state_dict())
-    newton.minimize(held, *examples, WEIGHT_DECAY)
-    monkeypatch.setattr(_hessian, "_HELD", 0.0)
-    newton.minimize(again, *examples, WEIGHT_DECAY)
-    assert_same_parameters(again, held, rtol=0, atol=0)
+    newton.minimize(held, input, target, WEIGHT_DECAY)
+    monkeypatch.setattr(_objective, "rows_to_hold", lambda *_: 2 * rows)
+    newton.minimize(again, input, target, WEIGHT_DECAY)
+    assert_same_parameters(again, held, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [0, 600, 1442])
+def test_a_shorter_step_has_its_own_logits_whatever_fits(examples, monkeypatch, rows):
+    input, target = examples
+    monkeypatch.setattr(_hessian, "_CACHED_INPUT", 1)
+    monkeypatch.setattr(_objective, "rows_to_hold", lambda *_: 2 * rows)
+    f = _objective.Objective(input, target, 40, WEIGHT_DECAY, True)
+    point = f.at(torch.randn(40, 65, dtype=torch.float64))
+    descended = _descent.descend(f, point, -1000 * point.gradient)
+    exact = f.at(descended.v)
+    assert descended.value == pytest.approx(exact.value, rel=1e-14)
+    torch.testing.assert_close(descended.gradient, exact.gradient, rtol=0, atol=1e-15)
 
 
 # Steps
@@ -496,6 +513,57 @@ def test_a_step_that_goes_too_far_is_shortened(problem):
     point = f.at(v)
     below = _descent.descend(f, point, -1000 * point.gradient)
     assert below.value < point.value
+
+
+class RowProducts(TorchDispatchMode):
+    """Counts the products that make something of each row, and those that add up over rows."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows, self.made, self.added = rows, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
+            if self.rows in result.shape:
+                self.made += 1
+            elif any(self.rows in t.shape for t in args if isinstance(t, torch.Tensor)):
+                self.added += CLASSES in result.shape  # or they are moments
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_are_made_once_a_step(examples, dtype):
+    input, target = examples
+    with RowProducts(len(input)) as counted:
+        result = newton.minimize(new_model(dtype), input.to(dtype), target, WEIGHT_DECAY)
+    assert result.steps > 3
+    # The start is compared with parameters of 0, all steps are whole, and the last parameters are
+    # looked at as they are rounded.
+    expected = 2 + result.steps + result.products + (dtype == torch.float32)
+    assert (counted.made, counted.added) == (expected, expected)
+
+
+@pytest.mark.parametrize("times", [0.01, 100, 10_000])
+def test_a_trial_of_the_line_search_takes_no_product(problem, times):
+    f, v, input, _ = problem
+    point = f.at(v)
+    with RowProducts(len(input)) as counted:
+        descended = _descent.descend(f, point, -times * point.gradient)
+    whole = torch.allclose(descended.v, v - times * point.gradient)
+    assert whole == (times < 1)
+    # The logits at its end, and the gradient where it leads.
+    assert (counted.made, counted.added) == (1, 1)
+
+
+@pytest.mark.parametrize("times", [0.01, 100])
+def test_logits_of_a_point_are_those_of_its_parameters(problem, times):
+    f, v, *_ = problem
+    point = f.at(v)
+    descended = _descent.descend(f, point, -times * point.gradient)
+    exact = f.at(descended.v)
+    assert descended.value == pytest.approx(exact.value, rel=1e-14)
+    torch.testing.assert_close(descended.gradient, exact.gradient, rtol=0, atol=1e-15)
 
 
 def test_no_step_goes_uphill(problem):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from ._rows import Layer
+from ..optim._hessian import Layer
 
 Direction = Tensor | tuple[Tensor, Tensor]
 

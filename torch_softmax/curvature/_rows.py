@@ -1,7 +1,7 @@
 """The layer that a Hessian is of, and the rows that it is a sum over, with what each counts."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,27 +10,13 @@ from .. import _checks as checks
 from .._transforms import is_plain
 from ..losses._dtypes import accumulation_dtype, cast, widest
 from ..losses._targets import NO_OPTIONS, fold
+from ..optim._hessian import Batch, Layer
+from ..optim._rows import Rows
 
 Batches = Iterable[Any]
 
-# The part of Σ |x| that an order of its terms may change: what is more are other rows.
+# How far the order of its terms may change a sum in float64, in parts of the sum of their sizes.
 _SAME = 1e-8
-
-
-class Rows(NamedTuple):
-    """Some rows of an input."""
-
-    x: Tensor  # (n, D)
-    keep: Tensor | None  # (n,) bool, False where a row is left out; None where none is
-    factor: Tensor | None  # (n,), what the loss of a row is multiplied with; None for 1
-    counted: int  # the rows that a mean is over
-
-
-class Layer(NamedTuple):
-    """A linear layer, z = x Wᵀ + b, in the dtype of its products; or a direction of it."""
-
-    W: Tensor  # (K, D)
-    b: Tensor | None  # (K,)
 
 
 def layer_of(linear_weight: object, linear_bias: object, input: object) -> Layer:
@@ -44,29 +30,26 @@ def layer_of(linear_weight: object, linear_bias: object, input: object) -> Layer
                 f"{name} must be whole in this process, as its full_tensor() is, "
                 f"got a {type(value).__name__}"
             )
-    if linear_weight.dim() != 2:
-        raise ValueError(f"linear_weight must have shape (C, D), got {tuple(linear_weight.shape)}")
-    if 0 in linear_weight.shape:
+    if linear_weight.dim() != 2 or 0 in linear_weight.shape:
         raise ValueError(
-            "linear_weight must have at least one class and one feature, "
+            "linear_weight must have shape (C, D), with at least one class and one feature, "
             f"got {tuple(linear_weight.shape)}"
         )
     checks.linear_layer(linear_weight, linear_weight, linear_bias)
     assert linear_bias is None or isinstance(linear_bias, Tensor)
     given = [t for t in (linear_weight, linear_bias, input) if isinstance(t, Tensor)]
     dtype = widest(*(t.dtype for t in given if t.is_floating_point()))
-    weight, bias = linear_weight.detach(), linear_bias
-    return Layer(cast(weight, dtype), None if bias is None else cast(bias.detach(), dtype))
+    return Layer(linear_weight, linear_bias).map(lambda t: cast(t.detach(), dtype))
 
 
 class Data:
-    """All rows, to be gone over again and again.
+    """All rows that count, to be gone over again and again.
 
     Args:
         input: x, (..., D), or batches of them: tensors, or tuples of such a tensor, its target
             and its row weights, of which the last ones may be left out.
-        target: Of an input that is a tensor, as is the row weight.
-        row_weight: (...).
+        target: The target of an input that is a tensor.
+        row_weight: The row weights of an input that is a tensor, (...).
         ignore_index: The class index that leaves its row out.
         layer: What the rows go through.
     """
@@ -83,16 +66,16 @@ class Data:
         self.options = NO_OPTIONS._replace(
             ignore_index=checks.integer("ignore_index", ignore_index)
         )
-        self.number: int | None = None  # of rows, once they were gone over
-        self.size = 0.0  # Σ |x| of these batches
-        self.are_weighted = False  # whether some had a factor, once they were gone over
+        self.number = 0  # of rows that count, once they were gone over
+        self.sums: Tensor | None = None  # what the batches are known by, once they were
         self.may_be_negative = True  # the factors
+        self.are_weighted = False  # whether some have a factor, once they were gone over
         self.batches: Batches
+        self.are_given = isinstance(input, Tensor)
         if isinstance(input, Tensor):
-            self.batches = [self.rows(input, target, row_weight)]
-            self.are_given = True
+            self.batches = [self.batch(input, target, row_weight)]
             return
-        self.batches, self.are_given = input, False
+        self.batches = input
         if not isinstance(input, Iterable):
             raise TypeError(
                 f"input must be a tensor or an iterable of batches, got {type(input).__name__}"
@@ -106,41 +89,34 @@ class Data:
             if value is not None:
                 raise ValueError(f"{name} must come with each batch of the input, as (x, {name})")
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[Batch]:
         """The rows of each batch.
 
         Raises:
-            ValueError: They are others than the time before.
+            ValueError: Their sums are others than the time before.
         """
-        number = 0
-        sizes: list[Tensor] = []
-        for batch in self.batches:
-            rows = batch if self.are_given else self.rows(*_parts(batch))
-            number += len(rows.x)
+        self.number, sums = 0, torch.zeros(2, 4, dtype=torch.float64)
+        for given in self.batches:
+            batch = given if self.are_given else self.batch(*_parts(given))
+            self.number += len(batch.rows)
             if not self.are_given:
-                sizes.append(rows.x.abs().sum(dtype=torch.float64))
-            if rows.factor is not None:
+                sums += _sums(batch)
+            if batch.factor is not None:
                 self.are_weighted = True
-                if not self.may_be_negative and bool((rows.factor < 0).any()):
+                if not (self.may_be_negative or bool((batch.factor >= 0).all())):
                     raise ValueError("hessian must have row weights of at least 0, got one below")
-            yield rows
-        if self.number not in (None, number):
-            raise ValueError(
-                "input must give the same rows each time, as one operator is a sum over them, "
-                f"got {number} where there were {self.number}"
-            )
-        size = float(sum(sizes))
-        if self.number is not None and abs(size - self.size) > _SAME * self.size:
+            yield batch
+        before, self.sums = self.sums, None if self.are_given else sums
+        if before is not None and not bool(((sums - before)[0].abs() <= _SAME * sums[1]).all()):
             raise ValueError(
                 "input must give the same rows each time, as one operator is a sum over them, got "
                 "others: a DataLoader must not have both shuffle and drop_last"
             )
-        self.number, self.size = number, size
 
-    def rows(
+    def batch(
         self, input: Tensor, target: Tensor | None = None, row_weight: Tensor | None = None
-    ) -> Rows:
-        """The rows of a batch, checked."""
+    ) -> Batch:
+        """The rows of a batch that count, checked."""
         W, b = self.layer
         checks.linear_layer(input, W, b)
         if input.device != W.device:
@@ -153,23 +129,36 @@ class Data:
                 f"linear_weight is, got {input.dtype}"
             )
         *shape, features = input.shape
-        x = cast(input.detach(), W.dtype).reshape(-1, features)
-        dtype = accumulation_dtype(W.dtype)
-        terms = None
+        rows = Rows(input.detach().reshape(-1, features)).to(W.device, W.dtype)
+        dtype, factor, keep = accumulation_dtype(W.dtype), None, None
         if target is not None:
             checks.target(target, tuple(shape), (*shape, len(W)))
             may_ignore = checks.labels(target, len(W), self.options.ignore_index, wait=True)
             terms = fold(target.detach(), self.options, len(W), dtype, may_ignore=may_ignore)
-        keep = None if terms is None else terms.keep
-        factor = None if terms is None else terms.mass
+            factor, keep = terms.mass, terms.keep
         if row_weight is not None:
             checks.floating("row_weight", row_weight)
             checks.shape("row_weight", row_weight, tuple(shape), "as input without D")
             weight = row_weight.detach().flatten().to(dtype)
             factor = weight if factor is None else factor * weight
         if keep is not None:
-            factor = keep.to(dtype) if factor is None else factor.masked_fill(~keep, 0)
-        return Rows(x, keep, factor, len(x) if keep is None else int(keep.sum()))
+            rows, factor = rows.take(keep), None if factor is None else factor[keep]
+        return Batch(rows, factor)
+
+
+def _sums(batch: Batch) -> Tensor:
+    """What a batch is known by: sums over its rows, and the sums of the sizes of their terms.
+
+    A row x that counts r adds 1, r, r s and r s², with the sine s of x along a fixed direction.
+    Other rows, or other weights, have the same sums only by chance.
+    """
+    x = batch.rows.read(slice(0, len(batch.rows))).double()
+    # Directions of whole numbers or of few digits would be chances: these have many.
+    direction = torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device).sqrt().sin()
+    s = (x @ direction).sin()
+    r = torch.ones_like(s) if batch.factor is None else batch.factor.double()
+    terms = torch.stack([torch.ones_like(r), r, r * s, r * s.square()])
+    return torch.stack([terms.sum(1), terms.abs().sum(1)]).cpu()
 
 
 def _parts(batch: Any) -> tuple[Any, ...]:

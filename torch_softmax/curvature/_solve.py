@@ -5,18 +5,13 @@ those of H, so that conjugate gradients need as many steps as for one system, of
 multiplies M directions at once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .._checks import UserError
-from ..losses._chunked import slices
-from ..losses._dtypes import cast
-from ..losses._objective import Moments
-from ..losses._sweeps import How, Inputs
 from ..optim._conjugate_gradients import Accuracy, Preconditioner, solve
-from ._rows import Data
 
 _MAX_ROUNDS = 10  # of some hundred steps each, as long as the residual falls
 
@@ -61,31 +56,3 @@ def solved(
         f"damping must be larger, or tolerance: after {products} products a residual is still "
         f"{worst:.1e} of its right-hand side"
     )
-
-
-def moments_of(data: Data, how: How) -> Moments:
-    """The moments of all rows, of which each counts by the size of its factor."""
-    W, b = data.layer
-    mean, count = None, torch.zeros((), dtype=torch.float64, device=W.device)
-    ones = torch.zeros(W.shape[1], dtype=torch.float64, device=W.device)
-    for x, size in _sized(data, how):
-        count += size.sum()
-        ones += (x * size).sum(0)
-    count = torch.where(count == 0, 1, count)
-    if b is not None:
-        mean = (ones / count).to(how.dtype)
-    second = torch.zeros(W.shape[1], W.shape[1], dtype=how.dtype, device=W.device)
-    for x, size in _sized(data, how):
-        about = x if mean is None else x - mean
-        second.addmm_((about * size).t(), about)
-    return Moments(mean, second / count.to(how.dtype))
-
-
-def _sized(data: Data, how: How) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows x (n, D) after another, with the sizes of their factors (n, 1)."""
-    for rows in data:
-        inputs = Inputs(rows.x, keep=rows.keep)
-        for part in slices(len(rows.x), how.step):
-            x = cast(inputs.rows(part).x, how.dtype)
-            factor = rows.factor
-            yield x, x.new_ones(len(x), 1) if factor is None else factor[part].abs().unsqueeze(1)

@@ -1,6 +1,5 @@
 """Tensors that must stay as they are, by the changes in place that torch counts."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,20 +11,12 @@ class Watched:
     A copy, deep or pickled, watches copies of the tensors, whose count may start anew.
     """
 
-    def __init__(self, values: Mapping[str, object]) -> None:
+    def __init__(self, **values: object) -> None:
         tensors = {name: t for name, t in values.items() if isinstance(t, Tensor)}
-        self._watch(
-            {
-                # A detached tensor shares its count, and a graph is neither held nor copied.
-                name: t if t.is_leaf else t.detach()
-                for name, t in tensors.items()
-                if not t.is_inference()  # of which nothing is counted
-            }
-        )
-
-    def _watch(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-        self.versions = {name: tensor._version for name, tensor in tensors.items()}
+        # Nothing is counted for a tensor of inference mode. A detached tensor shares its count, and
+        # no graph is held or copied with it.
+        counted = {name: t for name, t in tensors.items() if not t.is_inference()}
+        self.__setstate__({name: t if t.is_leaf else t.detach() for name, t in counted.items()})
 
     def check(self) -> None:
         """Raise if one was changed."""
@@ -38,7 +29,8 @@ class Watched:
 
     def __getstate__(self) -> dict[str, Any]:
         self.check()
-        return {"tensors": self.tensors}
+        return self.tensors
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._watch(state["tensors"])
+    def __setstate__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.versions = {name: tensor._version for name, tensor in tensors.items()}

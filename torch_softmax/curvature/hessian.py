@@ -8,22 +8,23 @@ from torch import Tensor
 
 from .. import _checks as checks
 from .._transforms import is_transformed
-from ..losses._dtypes import outside_autocast
+from ..losses._dtypes import accumulation_dtype, outside_autocast
 from ..optim._conjugate_gradients import Preconditioner
-from ._directions import Direction, as_given, directions_of, flat, joined, parted, unflat
-from ._rows import Batches, Data, Layer, layer_of
-from ._scipy import largest_eigenvalues, linear_operator
-from ._solve import moments_of, solved
-from ._sweeps import (
+from ..optim._hessian import (
     Held,
-    Outer,
-    Traces,
-    add_diagonal_,
-    add_outer_,
+    Layer,
+    Moments,
+    Softmaxes,
     add_products_,
-    add_traces_,
-    how_of,
+    layout_of,
+    moments_of,
+    rows_to_hold,
 )
+from ._directions import Direction, as_given, directions_of, flat, joined, parted, unflat
+from ._rows import Batches, Data, layer_of
+from ._scipy import largest_eigenvalues, linear_operator
+from ._solve import solved
+from ._sweeps import Outer, Traces, add_diagonal_, add_outer_, add_traces_
 from ._watched import Watched
 
 if TYPE_CHECKING:
@@ -118,12 +119,19 @@ class HeadHessian:
         self.weight_decay = checks.number("weight_decay", weight_decay)
         checks.finite("weight_decay", self.weight_decay)
         self.layer = layer_of(linear_weight, linear_bias, input)
-        self.how = how_of(self.layer, checks.chunk_size(chunk_size))
+        dtype = accumulation_dtype(self.layer.W.dtype)
+        size = checks.chunk_size(chunk_size)
+        self.layout = layout_of(self.layer.W.shape, dtype, self.layer.W.device, size)
         self.data = Data(input, target, row_weight, ignore_index, self.layer)
         # Batches may come in another order each time, and whoever gives a size wants no more held.
         self.may_hold = self.data.are_given and chunk_size is None
-        given = {"input": input, "target": target, "row_weight": row_weight}
-        self.given = Watched(given | {"linear_weight": linear_weight, "linear_bias": linear_bias})
+        self.given = Watched(
+            input=input,
+            target=target,
+            row_weight=row_weight,
+            linear_weight=linear_weight,
+            linear_bias=linear_bias,
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,7 +142,7 @@ class HeadHessian:
     @property
     def dtype(self) -> torch.dtype:
         """That of the results."""
-        return self.how.dtype
+        return self.layout.dtype
 
     @property
     def device(self) -> torch.device:
@@ -205,12 +213,11 @@ class HeadHessian:
                 self._zeros(dtype=torch.float64),
             ),
         )
-        weight = outer.weight.to(self.dtype)
-        of_input = outer.of_input
+        weight, of_input = outer.weight.to(self.dtype), outer.of_input
         if self.layer.b is not None:
-            row = torch.cat([outer.of_ones, weight.view(1)])
-            of_input = torch.cat([of_input, outer.of_ones.unsqueeze(0)])
-            of_input = torch.cat([of_input, row.unsqueeze(1)], 1)
+            ones = outer.of_ones.unsqueeze(1)
+            below = torch.cat([ones.t(), weight.view(1, 1)], 1)
+            of_input = torch.cat([torch.cat([of_input, ones], 1), below])
         of_classes = outer.diagonal
         if outer.of_classes is not None:
             of_classes = -outer.of_classes
@@ -253,7 +260,7 @@ class HeadHessian:
         with torch.no_grad():
             curvature = float(self._traces(held).of_classes) / max(1, len(self.layer.W) - 1)
             precondition = Preconditioner(
-                moments_of(self.data, self.how), curvature, self.weight_decay + damping, None
+                self._moments(), curvature, self.weight_decay + damping, None
             )
 
             def multiply(v: Tensor) -> Tensor:
@@ -307,25 +314,39 @@ class HeadHessian:
     # The passes over all rows.
 
     def _to_hold(self) -> Held | None:
-        """What S is held in, for more than one pass."""
-        return Held(self.layer, self.how) if self.may_hold else None
+        """Where S is held for more than one pass, or None."""
+        if not self.may_hold:
+            return None
+        rows = sum(len(batch.rows) for batch in self.data.batches)
+        rows = min(rows, rows_to_hold(self.layout, self.device))
+        return Held(rows, self.layout, self.device)
 
     def _products(self, directions: Layer, held: Held | None = None) -> Layer:
         """The products with directions of a weight (M, C, D) and bias (M, C)."""
-        zeros = (None if t is None else self._zeros(*t.shape) for t in directions)
-        out = self._sum(add_products_, Layer(*zeros), directions, held)  # type: ignore[arg-type]
+        zeros = directions.map(lambda t: self._zeros(*t.shape))
+        out = self._sum(add_products_, zeros, directions, held=held)
         if self.weight_decay:
             out.W.add_(directions.W, alpha=self.weight_decay)
         return out
 
     def _traces(self, held: Held | None = None) -> Traces:
-        return self._sum(add_traces_, Traces(*self._zeros(2, dtype=torch.float64)), held)
+        zeros = Traces(*self._zeros(2, dtype=torch.float64))
+        return self._sum(add_traces_, zeros, held=held)
+
+    def _moments(self) -> Moments:
+        """The moments of all rows, in the dtype of the products."""
+        zeros = self._zeros(self.layer.W.shape[1], dtype=torch.float64)
+        bias = self.layer.b is not None
+        mean, second, _ = moments_of(self.data, self.layout, zeros, bias=bias)
+        return Moments(None if mean is None else mean.to(self.dtype), second.to(self.dtype))
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
     @torch.no_grad()
-    def _sum(self, add_: Callable[..., None], out: Sums, *others: Layer | Held | None) -> Sums:
+    def _sum(
+        self, add_: Callable[..., None], out: Sums, *others: Layer, held: Held | None = None
+    ) -> Sums:
         """The sums or means over all rows, which are added to zeros."""
         if is_transformed():
             raise NotImplementedError(
@@ -334,13 +355,10 @@ class HeadHessian:
                 "torch.func of functional.linear_cross_entropy"
             )
         self.given.check()
-        counted = 0
         with outside_autocast(self.layer.W):
-            for rows in self.data:
-                add_(out, self.layer, rows, self.how, *others)
-                counted += rows.counted
+            add_(out, Softmaxes(self.data, self.layer, self.layout, held), *others)
         if self.reduction == "mean":
             for total in out:
                 if total is not None:
-                    total.div_(counted or 1)
+                    total.div_(self.data.number or 1)
         return out

@@ -67,16 +67,17 @@ def predictive_variance(
     checks.one_of("structure", structure, STRUCTURES)
     precision = checks.number("prior_precision", prior_precision)
     checks.finite("prior_precision", precision, above_zero=True)
-    x = hessian.data.rows(input).x
+    rows = hessian.data.batch(input).rows
     summed = copy.copy(hessian)
     summed.reduction = "sum"
     summed.data = copy.copy(hessian.data)
     summed.data.may_be_negative = False  # as a matrix that isn't positive has no such variances
     make = _diagonal if structure == "diagonal" else _kronecker
-    with outside_autocast(x):
+    with outside_autocast(input):
         variance_of = make(summed, precision, structure)
         variances = [
-            variance_of(cast(x[part], hessian.dtype)) for part in slices(len(x), hessian.how.step)
+            variance_of(cast(rows.read(part), hessian.dtype))
+            for part in slices(len(rows), hessian.layout.step)
         ]
     return torch.cat(variances).reshape(*input.shape[:-1], len(hessian.layer.W))
 

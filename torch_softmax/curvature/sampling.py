@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from ..losses._chunked import cut, slices
-from ..losses._dtypes import outside_autocast
-from ..losses._sweeps import Inputs, Logits
+from ..losses._chunked import cut
+from ..losses._dtypes import accumulation_dtype, outside_autocast
+from ..optim._hessian import Logits, by_row, layout_of
 from ._rows import Data, layer_of
-from ._sweeps import how_of
 
 
 @torch.no_grad()
@@ -51,22 +50,23 @@ def sample_labels(
     """
     checks.floating("input", input)
     layer = layer_of(linear_weight, linear_bias, input)
-    how = how_of(layer, checks.chunk_size(chunk_size))
-    x = Data(input, None, None, -100, layer).rows(input).x
-    u = torch.rand(len(x), 1, generator=generator, dtype=torch.float64, device=x.device)
-    labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    logits = Logits(Inputs(x, *layer), how)
-    are_finite = torch.ones((), dtype=torch.bool, device=x.device)
-    with outside_autocast(x):
-        for part in slices(len(x), how.step):
-            z = logits.of(x[part], *layer)
-            for block in logits.blocks(z):
-                drawn, total = _invert(cut(z, block), u[part][block])
-                labels[part][block] = drawn
+    size, dtype = checks.chunk_size(chunk_size), accumulation_dtype(layer.W.dtype)
+    layout = layout_of(layer.W.shape, dtype, layer.W.device, size)
+    batch = Data(input, None, None, -100, layer).batch(input)
+    shape, device = input.shape[:-1], input.device
+    u = torch.rand(len(batch.rows), 1, generator=generator, dtype=torch.float64, device=device)
+    labels = torch.empty(len(u), dtype=torch.int64, device=device)
+    logits, are_finite = Logits(layout), torch.ones((), dtype=torch.bool, device=device)
+    with outside_autocast(input):
+        for chunk in layout.chunks([batch]):
+            z = by_row(logits.at(chunk.x, *layer))
+            for block in layout.blocks(z):
+                drawn, total = _invert(cut(z, block), u[chunk.part][block])
+                labels[chunk.part][block] = drawn
                 are_finite &= total.isfinite().all()
     if not bool(are_finite):
         raise ValueError("input and linear_weight must give finite logits, got others")
-    return labels.view(input.shape[:-1])
+    return labels.view(shape)
 
 
 def _invert(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

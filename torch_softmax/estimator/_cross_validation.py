@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import _checks as checks
-from ..losses._rows import Rows
 from ..modules import SoftmaxRegression
 from ..optim import Result, penalty_path
+from ..optim._rows import Rows
 from ._classifier import LinearSoftmax, SoftmaxClassifier
 from ._data import Examples, as_array, check_C, examples_of, place_of
 from ._fit import check_parameters, fit_model, model_at, shortcoming

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _checks as checks
 from .._command_line import choose_device
 from ..losses._chunked import slices
-from ..losses._rows import Rows, as_tensor, memory_of
+from ..optim._rows import Rows, as_tensor, memory_of
 from ._sparse import SparseRows
 
 _MOVED = 0.25  # of a device's memory, for examples that come from elsewhere

@@ -7,7 +7,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ..losses._rows import Rows
+from ..optim._rows import Rows
 
 
 @dataclass(frozen=True)

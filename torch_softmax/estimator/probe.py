@@ -29,8 +29,8 @@ from .._checks import UserError
 from .._command_line import Parser, add_device_option, choose_device, run_command
 from .._files import write_atomically
 from ..losses._chunked import slices
-from ..losses._rows import Rows, as_tensor
 from ..mnist.metrics import Estimate, proportion
+from ..optim._rows import Rows, as_tensor
 from ._cross_validation import SoftmaxClassifierCV
 from ._files import File, read_file
 

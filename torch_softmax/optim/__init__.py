@@ -1,6 +1,6 @@
 """Optimizers that go to the optimum: Newton's method, for one penalty or many."""
 
-from ..losses._rows import Rows
+from ._rows import Rows
 from .newton import Result, minimize
 from .path import Fitted, penalty_path
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses._objective import Moments
+from ._hessian import Moments
 
 _MAX_PRODUCTS = 200  # for one linear system: what is reached by then is a descent as well
 _MAX_DIRECTIONS = 50  # that one linear system leaves to the next

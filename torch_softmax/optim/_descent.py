@@ -7,12 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses._objective import Moments, Objective, Point
 from ._conjugate_gradients import Accuracy, Known, Preconditioner, dot, solve
+from ._hessian import Moments
+from ._objective import Line, Objective, Point
 
 # A linear system is solved until its residual is this part of what it was.
 _FORCING = 0.25
 _MAX_HALVINGS = 40  # of a step
+_ROUNDING = 1e-4  # the part of a value that rounding may hide, at most
 # A matrix of second moments takes the arithmetic of D / 2K products, in a third of their time. It
 # is worth that where it saves a third of more products.
 _WORTH = 0.25
@@ -76,10 +78,11 @@ class Descent:
         """
         if weight_decay == self.objective.weight_decay:
             return
-        here, decay, of_before = self.point, self.objective.weight_decay, self.objective.decay
+        here, before = self.point, self.objective
+        decay = before.weight_decay
         self.objective = self.objective.with_decay(weight_decay)
         self.judge = self.judge.with_decay(weight_decay)
-        self.point = self.objective.with_penalty(here, of_before)
+        self.point = self.objective.with_penalty(here, before)
         if self.before is not None and min(decay, self.before[0]) > 0:
             step, step_before = weight_decay / decay, decay / self.before[0]
             if min(step, step_before) > 0:  # which may be too small for a number
@@ -124,17 +127,16 @@ class Descent:
         return True
 
     def _can_widen(self) -> bool:
-        examples = self.judge.examples
-        return examples.x.dtype != examples.sums
+        return self.judge.x.dtype != self.judge.sums
 
     def _epsilon(self) -> float:
         """The rounding of values and gradients."""
-        return torch.finfo(self.judge.examples.x.dtype).eps
+        return torch.finfo(self.judge.x.dtype).eps
 
     def _hidden(self) -> float:
         """The gradient norm that rounding hides, that of products or of the parameters."""
         of_products = self._epsilon() * self.size
-        if self.judge.examples.x.dtype == self.objective.examples.x.dtype:
+        if self.judge.x.dtype == self.objective.x.dtype:
             return of_products
         kept = self.judge.at(self.objective.rounded(self.point.v))
         return max(of_products, float((kept.gradient - self.point.gradient).norm()))
@@ -157,21 +159,19 @@ class Descent:
     def _step(self, goal: Goal) -> int | None:
         """Take a step, and count the products; None where nothing descends."""
         objective = self._prepared()
-        hessian = objective.hessian(self.point.v)
+        hessian = objective.hessian(self.point)
         assert self.moments is not None
         features, classes = len(self.moments.second), len(self.point.v)
-        if self.products > max(_FEW, _WORTH * features / classes):
-            weighted = objective.moments(hessian.of_losses.curvature)
-            # Where all softmaxes are one-hot, no example has any weight.
+        curvature = hessian.mean_curvature()
+        # Where all softmaxes are one-hot, no example has any weight.
+        if self.products > max(_FEW, _WORTH * features / classes) and curvature > 0:
+            weighted = objective.moments(hessian.curvature)
             if bool(weighted.second.isfinite().all()):
                 self.moments = weighted
-        weight_decay = objective.weight_decay
-        precondition = Preconditioner(
-            self.moments, hessian.mean_curvature(), weight_decay, self.known
-        )
+        precondition = Preconditioner(self.moments, curvature, objective.weight_decay, self.known)
         # The last system is solved no further than the tolerance asks for.
         accuracy = Accuracy(_FORCING, 0.8 * self._enough(goal))
-        made_in = objective.examples.x.dtype
+        made_in = objective.x.dtype
         u, self.known, products = solve(
             hessian, self.point.gradient, precondition, accuracy, made_in=made_in
         )
@@ -188,12 +188,15 @@ class Descent:
         if self.moments is None:
             self.moments = self.objective.moments()
             if not bool(self.moments.second.isfinite().all()):
-                dtype, largest = self.objective.examples.x.dtype, self.objective.largest()
+                dtype, largest = self.objective.x.dtype, self.objective.largest()
                 raise ValueError(
                     f"input must hold numbers whose squares are finite in {dtype}, "
                     f"got one of {largest:.3g}"
                 )
-            self.objective = self.judge = self.objective.about_mean(self.moments)
+            centred = self.objective.about_mean(self.moments)
+            if centred is not self.objective:
+                self.objective = self.judge = centred
+                self.point = centred.at(self.point.v)
         return self.objective
 
     def _enough(self, goal: Goal) -> float:
@@ -205,7 +208,7 @@ class Descent:
             return goal.gradient
         if self.objective.weight_decay == 0:
             return goal.gradient * goal.weight
-        W, _ = self.objective.examples.split(self.point.v)
+        W, _ = self.objective.split(self.point.v)
         near = goal.weight * self.objective.weight_decay * float(W.norm())
         return min(goal.gradient, near)
 
@@ -240,9 +243,16 @@ def descend(objective: Objective, point: Point, u: Tensor) -> Point | None:
     slope = dot(point.gradient, u)
     if not slope < 0:
         return None
+    line = Line(objective, point, u)
     for halvings in range(_MAX_HALVINGS):
         length = 0.5**halvings
-        trial = objective.at(point.v + length * u)
-        if trial.value <= point.value + 1e-4 * length * slope or dot(trial.gradient, u) <= 0:
-            return trial
+        value = line.value(length)
+        if value <= point.value + 1e-4 * length * slope:
+            return line.to(length)
+        # Where f is higher, and be it by more than rounding, its slope is positive.
+        if value <= point.value + _ROUNDING * abs(point.value):
+            trial = line.to(length)
+            if dot(trial.gradient, u) <= 0:
+                return trial
+            line = line if length == 1 else Line(objective, point, u)
     return None

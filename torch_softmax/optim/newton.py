@@ -9,10 +9,11 @@ from torch import Tensor
 from .. import _checks as checks
 from ..distributed.data_parallel import Ranks
 from ..losses._dtypes import outside_autocast
-from ..losses._objective import IGNORED, Objective, alone
-from ..losses._rows import Rows, memory_of
 from ..modules import SoftmaxRegression
 from ._descent import Descent, Goal, Result
+from ._hessian import alone
+from ._objective import IGNORED, Objective
+from ._rows import Rows, memory_of
 
 __all__ = ["Result", "minimize"]
 
@@ -123,11 +124,13 @@ def begin(model: SoftmaxRegression, data: Data, weight_decay: float) -> Descent:
         _check_memory(x)
     with outside_autocast(model.weight):
         total = ranks.sum if ranks.size > 1 else alone
-        objective = Objective(x, y, weight_decay, model.bias is not None, w, total)
-        if not objective.examples.divisor > 0:
+        objective = Objective(
+            x, y, model.num_classes, weight_decay, model.bias is not None, w, total
+        )
+        if not objective.divisor > 0:
             kind = "that is not left out" if w is None else "of a weight above 0"
             raise ValueError(f"input must hold at least one example {kind}, got none")
-        return Descent(objective, _parameters(model).to(objective.examples.sums))
+        return Descent(objective, _parameters(model).to(objective.sums))
 
 
 def run(

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import _checks as checks
 from ..distributed.data_parallel import Ranks
-from ..losses._rows import Rows
 from ..modules import SoftmaxRegression
 from ._descent import Descent, Goal
+from ._rows import Rows
 from .newton import ALONE, Data, Result, begin, goal_of, run
 
 __all__ = ["Fitted", "penalty_path"]

@@ -96,7 +96,7 @@ class Products(TorchDispatchMode):
         self.number = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        self.number += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm")
         return func(*args, **(kwargs or {}))
 
 
