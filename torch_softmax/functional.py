@@ -12,8 +12,8 @@ from ._transforms import unwrapped
 from .losses import distillation, linear, log_prob, logits, mapped
 from .losses import softmax as _softmax
 from .losses._autograd import overridable
+from .losses._rows import Layer
 from .losses._small import small_loss
-from .losses._sweeps import Layer
 from .losses._targets import logit_options_of, options_of, row_options_of
 from .losses.log_prob import LogProb
 

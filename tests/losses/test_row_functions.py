@@ -9,7 +9,8 @@ import torch
 from tests.helpers import random_target
 from torch_softmax.losses._chunked import Plan
 from torch_softmax.losses._numbers import RowNumbers
-from torch_softmax.losses._sweeps import How, Layer, Operands, plan_of
+from torch_softmax.losses._rows import How, Layer, Operands
+from torch_softmax.losses._sweeps import plan_of
 from torch_softmax.losses._targets import fold, options_of
 from torch_softmax.losses.distillation import Divergence
 

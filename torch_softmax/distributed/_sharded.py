@@ -17,7 +17,7 @@ from .. import _checks as checks
 from .._transforms import is_in_func
 from ..losses._dtypes import product_dtype
 from ..losses._formulas import Target
-from ..losses._sweeps import Layer
+from ..losses._rows import Layer
 from ..losses._targets import Options, Terms, fold
 from ..losses.linear import check, default_chunk_size, dtypes_and_chunks, loss_of_layer
 

@@ -304,7 +304,8 @@ def second_order(row: Row, factors: Numbers, along: Along, asked: tuple[str, ...
     u, dp, moved = along
     y = row.y
     dy = None if dp is None else y.scaled(dp.to(u.dtype))
-    S, below = row.softmax.unsqueeze(1), 0.0
+    S = row.softmax.unsqueeze(1)
+    below: Factor = 0.0
     has_mean_gap = not (is_zero(factors.mean_gap) and is_zero(moved.mean_gap))
     if has_mean_gap or "mean_gap" in asked:
         below = (row.below - (row.mean_gap + 1).unsqueeze(1)).unsqueeze(1)

@@ -17,7 +17,7 @@ from . import _formulas as formulas
 from ._autograd import Mask, select
 from ._formulas import Across, Along, Numbers, Row, Target
 from ._operators import named_in_operators
-from ._sweeps import Parts, RowFunction
+from ._rows import Parts, RowFunction
 
 
 class Changed(NamedTuple):
@@ -67,7 +67,7 @@ class RowNumbers(RowFunction):
     """
 
     has_second = True
-    rows_in = tuple(Target(True, True, False, False))
+    rows_in = (True, True, False, False)  # of the fields of a target
 
     asked: tuple[str, ...] = ("log_sum", "gap")
     softcap: float = math.inf
@@ -128,7 +128,8 @@ class RowNumbers(RowFunction):
     @classmethod
     def from_told(cls, words: list[str], numbers: list[float]) -> "RowNumbers":
         """The function of these names, cap and scale."""
-        return RowNumbers(tuple(words), *numbers)
+        softcap, logit_scale = numbers
+        return RowNumbers(tuple(words), softcap, logit_scale)
 
     def _known(self, at: Parts, *, in_place: bool) -> tuple[Changed, Row]:
         (z,) = at.logits

@@ -16,23 +16,11 @@ from .._transforms import is_plain, is_transformed
 from ._autograd import Mask, Tensors, may_take_gradients, merge, select, split
 from ._chunked import chunked, sum_of_products, taken_along
 from ._dtypes import accumulation_dtype
-from ._sweeps import (
-    GradientSweep,
-    How,
-    Operands,
-    RowFunction,
-    SecondSweep,
-    ValuesSweep,
-    Work,
-    definition_of,
-    first_order,
-    plan_of,
-    total_of,
-)
+from ._rows import How, Operands, RowFunction
+from ._sweeps import LoopSweep, Work, first_order, plan_of, results_sweep, total_of
 from ._targets import Counted
 
 _FUNCTIONS: dict[str, type[RowFunction]] = {}  # that an operator can name
-_SWEEPS = {sweep.__name__: sweep for sweep in (ValuesSweep, GradientSweep, SecondSweep)}
 
 
 def named_in_operators(function: type[RowFunction]) -> type[RowFunction]:
@@ -52,9 +40,9 @@ def results_of(
     # A compiler fuses the passes over given logits by itself. It takes what is differentiated in a
     # Function or an operator for the end of differentiation, but not plain operations.
     if first.W is None or is_transformed():
-        return definition_of(function, how)(*tensors)
+        return function.definition(how)(*tensors)
     if _is_named(function):
-        return run_sweep(ValuesSweep(function, how), operands.flat(), counted.mask)
+        return run_sweep(results_sweep(function, how), operands.flat(), counted.mask)
     return _in_a_graph(function, how, tensors)
 
 
@@ -98,7 +86,7 @@ def _is_named(function: RowFunction) -> bool:
 def _in_a_graph(function: RowFunction, how: How, tensors: Tensors) -> tuple[Tensor, ...]:
     """The results in plain operations, which a compiler differentiates, for each chunk anew."""
     first = next(tensor for tensor in tensors if tensor is not None)
-    fn, pieces = definition_of(function, how), []
+    fn, pieces = function.definition(how), []
     # A graph is for one number of chunks, and all numbers of rows that have as many.
     for i in range(max(1, -(-first.shape[0] // how.step))):
         rows = slice(i * how.step, (i + 1) * how.step)
@@ -109,25 +97,25 @@ def _in_a_graph(function: RowFunction, how: How, tensors: Tensors) -> tuple[Tens
 
 
 # The sweeps as operators. A list that holds None is not differentiated, so that a mask names the
-# tensors that are there.
+# tensors that are there. Words and numbers tell the sweep.
 _SCHEMA = (
-    "(Tensor[] tensors, Tensor? counted, bool[] present, str sweep, str masks, str function, "
-    "str[] words, float[] numbers, int step, ScalarType dtype, ScalarType logits_dtype) -> Tensor[]"
+    "(Tensor[] tensors, Tensor? counted, bool[] present, str[] words, float[] numbers, int step, "
+    "ScalarType dtype, ScalarType logits_dtype) -> Tensor[]"
 )
 
 
-def _described(sweep: ValuesSweep, tensors: Tensors, counted: Tensor | None) -> tuple[Any, ...]:
+def _described(sweep: LoopSweep, tensors: Tensors, counted: Tensor | None) -> tuple[Any, ...]:
     """A sweep and its tensors, in what an operator takes."""
-    present = [tensor is not None for tensor in tensors]
-    how, function = sweep.how, sweep.function
+    function, how = sweep.function, sweep.how
+    words, numbers = function.told()
+    masks = (sweep.wanted, sweep.moved, (sweep.has_factors, sweep.many))
+    texts = ["".join("1" if named else "0" for named in mask) for mask in masks]
     return (
         [tensor for tensor in tensors if tensor is not None],
         counted,
-        present,
-        type(sweep).__name__,
-        "".join("1" if named else "0" for named in sweep.masks),
-        type(function).__name__,
-        *function.told(),
+        [tensor is not None for tensor in tensors],
+        [type(function).__name__, str(sweep.order), *texts, *words],
+        numbers,
         how.step,
         how.dtype,
         how.logits_dtype,
@@ -138,27 +126,27 @@ def _read(
     tensors: Any,
     counted: Any,
     present: list[bool],
-    sweep: str,
-    masks: str,
-    function: str,
     words: list[str],
     numbers: list[float],
     *how: Any,
-) -> tuple[Any, Tensors]:
+) -> tuple[LoopSweep, Tensors]:
     """The sweep that was described, and all its tensors."""
-    told = _FUNCTIONS[function].from_told(words, numbers)
-    every = merge([None] * len(present), tuple(present), tensors)
-    of_masks = tuple(named == "1" for named in masks)
-    return _SWEEPS[sweep].of_masks(told, How(*how), of_masks), every
+    (name, order), rest = split(words, 2)
+    texts, told = split(rest, 3)
+    function = _FUNCTIONS[name].from_told(list(told), numbers)
+    masks = (tuple(named == "1" for named in text) for text in texts)
+    wanted, moved, (has_factors, many) = masks
+    sweep = LoopSweep(function, How(*how), int(order), wanted, moved, has_factors, many)
+    return sweep, merge([None] * len(present), tuple(present), tensors)
 
 
 def _index(counted: Tensor | None) -> Tensor | None:
     return None if counted is None else Counted.of(counted).index
 
 
-def _like_operands(sweep: Any, tensors: Tensors, mask: Mask) -> list[Tensor]:
+def _like_results(sweep: LoopSweep, tensors: Tensors) -> list[Tensor]:
     """Tensors of the shapes and dtypes of gradients by operands, or of results."""
-    operands, of_results = split(mask, sweep.operands)
+    operands, of_results = split(sweep.wanted, sweep.operands)
     at, _ = split(tensors, sweep.operands)
     gradients = [
         torch.empty_like(
@@ -184,7 +172,7 @@ def _run(*description: Any) -> list[Tensor]:
 @_run.register_fake
 def _(*description: Any) -> list[Tensor]:
     sweep, tensors = _read(*description)
-    return _like_operands(sweep, tensors, sweep.outputs)
+    return _like_results(sweep, tensors)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
@@ -192,7 +180,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*tensors, counted)
 
 
-def _saved(ctx: Any) -> tuple[Any, Tensors, Tensor | None]:
+def _saved(ctx: Any) -> tuple[LoopSweep, Tensors, Tensor | None]:
     """The sweep, all its tensors and which rows count, as they were saved."""
     *tensors, counted = ctx.saved_tensors
     return *_read(tensors, counted, *ctx.description), counted
@@ -227,7 +215,7 @@ def _pull(ctx: Any, cotangents: list[Tensor]) -> Any:
 _run.register_autograd(_pull, setup_context=_save)
 
 
-def run_sweep(sweep: ValuesSweep, tensors: Tensors, counted: Tensor | None) -> tuple[Tensor, ...]:
+def run_sweep(sweep: LoopSweep, tensors: Tensors, counted: Tensor | None) -> tuple[Tensor, ...]:
     """The results of a sweep, by its operator."""
     return tuple(_run(*_described(sweep, tensors, counted)))
 
@@ -244,8 +232,9 @@ def _total(*description: Any) -> list[Tensor]:
     at, factors = split(tensors, sweep.operands)
     work = Work(function, sweep.how, function.operands(at), index)
     one = tuple(1.0 if factor is None else factor for factor in factors)
-    values, gradients = first_order(work, one, function.operands(sweep.wanted))
-    return [sum_of_products(values, factors, index), *select(gradients.flat(), sweep.wanted)]
+    wanted, _ = split(sweep.wanted, sweep.operands)
+    values, gradients = first_order(work, one, function.operands(wanted))
+    return [sum_of_products(values, factors, index), *select(gradients.flat(), wanted)]
 
 
 @_total.register_fake
@@ -253,7 +242,7 @@ def _(*description: Any) -> list[Tensor]:
     sweep, tensors = _read(*description)
     first = next(tensor for tensor in tensors if tensor is not None)
     total = first.new_empty((), dtype=sweep.how.dtype)
-    return [total, *_like_operands(sweep, tensors, sweep.outputs)]
+    return [total, *_like_results(sweep, tensors)]
 
 
 def _save_total(ctx: Any, inputs: Any, output: Any) -> None:
@@ -267,19 +256,20 @@ def _pull_total(ctx: Any, cotangents: list[Tensor]) -> Any:
     (sweep, tensors, counted), needed = _saved(ctx), _needed(ctx)
     at, factors = split(tensors, sweep.operands)
     of_operands, of_factors = split(needed, sweep.operands)
-    taken, wanted = ctx.taken, sweep.wanted
+    taken, (wanted, _) = ctx.taken, split(sweep.wanted, sweep.operands)
     # Whoever differentiates an exported graph may ask for more than was asked when it was traced.
     more = any(n and not w for n, w in zip(of_operands, wanted, strict=True))
     if torch.is_grad_enabled() or more:
         first = next(tensor for tensor in at if tensor is not None)
         one = first.new_ones(first.shape[:1], dtype=sweep.how.dtype)
         given = tuple(one if factor is None else factor for factor in factors)
-        wanted = of_operands
-        taken = run_sweep(GradientSweep(sweep.function, sweep.how, wanted), (*at, *given), counted)
+        wanted, derivative = of_operands, results_sweep(sweep.function, sweep.how).vjp(of_operands)
+        assert derivative is not None
+        taken = run_sweep(derivative, (*at, *given), counted)
     gradients = merge((None,) * len(at), wanted, taken)
     values: Tensors = (None,) * len(factors)
     if any(of_factors):
-        values = run_sweep(ValuesSweep(sweep.function, sweep.how), at, counted)
+        values = run_sweep(results_sweep(sweep.function, sweep.how), at, counted)
     pairs = zip((*gradients, *values), needed, strict=True)
     return _gradients(ctx, tuple(g * upstream if w else None for g, w in pairs))
 
@@ -292,7 +282,8 @@ def run_total(
 ) -> Tensor:
     """The sum, with the gradients that are needed taken along, by its operator."""
     wanted = tuple(t is not None and t.requires_grad for t in operands.flat())
-    sweep = GradientSweep(function, how, wanted)
+    sweep = results_sweep(function, how).vjp(wanted)
+    assert sweep is not None
     total: Tensor
     total, *_ = _total(*_described(sweep, (*operands.flat(), *factors), counted))
     return total

@@ -19,7 +19,8 @@ from . import _formulas as formulas
 from ._autograd import Mask, Tensors
 from ._chunked import Sum, TakenAlong, Total
 from ._numbers import RowNumbers
-from ._sweeps import FEW_CLASSES, How, cached_rows, plan_of
+from ._rows import How
+from ._sweeps import FEW_CLASSES, cached_rows, plan_of
 
 _NUMBERS, _NONE = (int, float, float, float), {type(None)}
 # x (N, D), W (K, D), b (K,) or None, and class indices (N,); or logits (N, K), None, None, and

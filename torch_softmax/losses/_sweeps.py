@@ -10,14 +10,12 @@ and along a direction, in which the logits move by u = ux Wᵀ + x uWᵀ + ub an
     ∂/∂x changes by h W + g uW,  ∂/∂W by hᵀ x + gᵀ ux,  ∂/∂b by Σ_n h.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ._autograd import Mask, Tensors, merge, select, split
 from ._chunked import (
@@ -33,7 +31,6 @@ from ._chunked import (
     write,
 )
 from ._dtypes import accumulation_dtype, cast
-from ._formulas import Across
 from ._products import (
     add_multiplied_,
     add_pulled_to_classes_,
@@ -42,6 +39,7 @@ from ._products import (
     multiply,
     pull_to_rows,
 )
+from ._rows import How, Layer, Operands, Parts, RowFunction
 
 # Logits that fit a core's own cache beside a few passes over them, measured on a CPU; and the cores
 # that share a block, so that it stays small beside a chunk.
@@ -51,157 +49,6 @@ _MOST_CORES = 32
 _LAUNCHED_LOGITS = 2**26
 # Up to this many classes, W xᵀ is a faster product than x Wᵀ.
 FEW_CLASSES = 32
-
-
-class Layer(NamedTuple):
-    """A linear layer with what it is applied to, or one thing for each of these."""
-
-    x: Any  # (N, D); or without a W, the logits (N, K) themselves
-    W: Any = None  # (K, D)
-    b: Any = None  # (K,)
-
-
-class Operands(NamedTuple):
-    """What a row function is applied to, or one thing for each of these."""
-
-    layers: tuple[Layer, ...]
-    others: tuple[Any, ...]
-
-    def flat(self) -> tuple[Any, ...]:
-        """All in one tuple, as a plan takes them."""
-        return (*(t for layer in self.layers for t in layer), *self.others)
-
-
-@dataclass(frozen=True)
-class How:
-    """How the logits are computed.
-
-    Args:
-        step: The number of rows of a chunk.
-        dtype: The dtype of S and of the numbers of a row.
-        logits_dtype: The dtype of the logits, as they come out of the layer's products.
-    """
-
-    step: int
-    dtype: torch.dtype
-    logits_dtype: torch.dtype
-
-
-class Parts(NamedTuple):
-    """Tensors of some rows: one for each layer's logits, each other tensor and each result.
-
-    A row function is given logits and others with the cotangents of its results; a direction has a
-    change of each of these. It returns gradients, or their changes, and its results. A mask of this
-    form says which of them are needed, and None is one that is not.
-    """
-
-    logits: tuple[Any, ...]  # (n, K); changes along M directions are (n, M, K)
-    others: tuple[Any, ...]  # (n, ...) of those with rows
-    results: tuple[Any, ...] = ()  # (n, ...), changes (n, M); a cotangent may be a number for all
-
-
-class RowFunction:
-    """A function of the logits of some rows, with what is known of its derivatives by hand.
-
-    A call is the definition, in operations that autograd differentiates to any order; `first` and
-    `second` are faster, and equal to it.
-    """
-
-    layers = 1  # whose logits it takes
-    has_second = False  # whether there is a `second`, with `point` and `gradient`
-    rows_in: Mask = ()  # which of the tensors beside the logits have rows
-    results: int = 1  # their number; each has rows
-    across: Across | None = None  # how sums over sharded classes are combined
-
-    @property
-    def has_rows(self) -> Mask:
-        """Which of its operands have rows."""
-        return (*(*Layer(True, False, False),) * self.layers, *self.rows_in)
-
-    def __call__(self, logits: tuple[Tensor, ...], others: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """The results (n, ...) for logits (n, K)."""
-        raise NotImplementedError
-
-    def first(self, at: Parts, needed: Parts) -> Parts:
-        """The gradients and results that are needed; a layer's logits may be written to."""
-        raise NotImplementedError
-
-    def point(self, at: Parts) -> Any:
-        """What `second` and `gradient` have to know of some rows, along whatever direction."""
-        raise NotImplementedError
-
-    def second(self, point: Any, at: Parts, along: Parts, needed: Mask) -> Parts:
-        """How the gradients change along directions, and the results that are needed."""
-        raise NotImplementedError
-
-    def gradient(self, point: Any, at: Parts) -> tuple[Tensor, ...]:
-        """The gradient by each layer's logits, (n, K)."""
-        raise NotImplementedError
-
-    def told(self) -> tuple[list[str], list[float]]:
-        """The words and numbers that tell the function, for an operator."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_told(cls, words: list[str], numbers: list[float]) -> "RowFunction":
-        """The function that is told by words and numbers."""
-        raise NotImplementedError
-
-    def operands(self, values: Any) -> Operands:
-        """The operands that a flat tuple holds."""
-        each = len(Layer._fields)
-        of_layers, others = split(values, self.layers * each)
-        starts = range(0, self.layers * each, each)
-        return Operands(tuple(Layer(*of_layers[i : i + each]) for i in starts), others)
-
-
-def logits_of(layer: Layer, how: How) -> Tensor:
-    """The logits of all rows of a layer, to be differentiated."""
-    x, W, b = layer
-    if W is not None:
-        dtype = how.logits_dtype
-        x = linear(cast(x, dtype), cast(W, dtype), None if b is None else cast(b, dtype))
-    return cast(x, how.dtype)
-
-
-def definition_of(function: RowFunction, how: How) -> Callable[..., tuple[Tensor, ...]]:
-    """A row function of its operands, in operations that can be differentiated to any order."""
-
-    def fn(*tensors: Any) -> tuple[Tensor, ...]:
-        if function.across is not None:
-            raise NotImplementedError(
-                "a third derivative, which torch.autograd.functional.hvp takes and vhp does not, "
-                "needs all classes in one process, got a linear_weight that is sharded"
-            )
-        layers, others = function.operands(tensors)
-        return function(tuple(logits_of(layer, how) for layer in layers), others)
-
-    return fn
-
-
-def plan_of(function: RowFunction, how: How) -> Plan:
-    """The plan of a row function, with the loops as its sweeps."""
-    fn, results = definition_of(function, how), (True,) * function.results
-    return Plan(fn, function.has_rows, results, how.step, ValuesSweep(function, how))
-
-
-def total_of(function: RowFunction, how: How, index: Tensor | None) -> Total:
-    """The sum of all results, each times its factor, with gradients."""
-    plan = plan_of(function, how).for_rows(index)
-
-    def run(tensors: Tensors, wanted: Mask) -> Sum:
-        at, factors = split(tensors, len(plan.rows_in))
-        needed, by_factors = split(wanted, len(plan.rows_in))
-        work = Work(function, how, function.operands(at), index)
-        one = tuple(1.0 if factor is None else factor for factor in factors)
-        values, gradients = first_order(work, one, function.operands(needed))
-        pairs = zip(values, by_factors, strict=True)
-        return Sum(
-            sum_of_products(values, factors, index),
-            (*gradients.flat(), *(value if wanted else None for value, wanted in pairs)),
-        )
-
-    return Total(plan, run, complete=lambda tensors: tensors)
 
 
 def cached_rows(classes: int) -> int:
@@ -218,40 +65,14 @@ def logits_step(z: Tensor) -> int:
     return cached_rows(classes) if on_cpu else max(1, _LAUNCHED_LOGITS // max(1, classes))
 
 
-class Logits:
-    """The logits of a chunk, in a buffer that all chunks share, and the blocks to go over them.
-
-    Fresh memory costs a CPU more than the arithmetic done in it.
-    """
-
-    def __init__(self, rows: int, like: Tensor, classes: int, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.buffer = like.new_empty(rows if classes > FEW_CLASSES else 0, classes, dtype=dtype)
-
-    def of(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """The logits x Wᵀ + b, (n, K), which lie in the buffer where there are many classes."""
-        if len(W) <= FEW_CLASSES:
-            W, x = cast(W, self.dtype), cast(x, self.dtype)
-            b = None if b is None else cast(b, self.dtype)
-            return (W @ x.t() if b is None else torch.addmm(b.unsqueeze(1), W, x.t())).t()
-        return multiply(x, W, b, self.buffer[: len(x), : len(W)])
-
-
-def blocks_of(z: Tensor, ranks: Across | None = None) -> Iterator[slice]:
-    """The rows of a chunk's logits to go over at a time, so that a CPU finds them in its cache."""
-    # Ranks wait for one another at every block: one is enough.
-    if z.device.type != "cpu" or ranks is not None:
-        return slices(len(z), len(z) or 1)
-    return slices(len(z), cached_rows(z.shape[1]))
-
-
-class Work(NamedTuple):
-    """What a loop goes over."""
+@dataclass(frozen=True)
+class Work:
+    """What a loop goes over: the rows of an index (n,), or all."""
 
     function: RowFunction
     how: How
     operands: Operands
-    index: Tensor | None = None  # of the rows that count, (n,); None for all
+    index: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -259,54 +80,161 @@ class Work(NamedTuple):
         first, *_ = self.operands.layers
         return len(first.x)
 
-    def chunks(self) -> Iterator["Chunk"]:
-        """The rows that count, with logits in buffers that the next chunk writes over."""
-        how, layers, rows_of = self.how, self.operands.layers, self.index
-        rows = min(how.step, self.count if rows_of is None else len(rows_of))
-        buffers = [
-            None if W is None else Logits(rows, x, len(W), how.logits_dtype) for x, W, _ in layers
-        ]
-        for part in chunks_of_rows(self.count, how.step, rows_of):
-            inputs = [cut(layer.x, part) for layer in layers]
-            logits = [
-                x if buffer is None else buffer.of(x, layer.W, layer.b)
-                for buffer, x, layer in zip(buffers, inputs, layers, strict=True)
-            ]
-            first, *_ = logits
-            yield Chunk(part, inputs, logits, list(blocks_of(first, self.function.across)))
+    def chunks(self) -> Iterator[Rows]:
+        """The rows that count, a chunk at a time."""
+        return chunks_of_rows(self.count, self.how.step, self.index)
 
-    def parts(self, chunk: "Chunk", block: slice, factors: tuple[Any, ...]) -> Parts:
-        """What the row function is given of a block of a chunk's rows."""
-        rows = chunk.rows_of(block)
-        logits = tuple(cast(cut(z, block), self.how.dtype) for z in chunk.logits)
-        return Parts(logits, *self.rows(rows, self.operands.others, factors))
+    def blocks(self, z: Tensor) -> list[slice]:
+        """The rows of a chunk to go over at a time, so that a CPU finds their logits in cache."""
+        # Ranks wait for one another at every block: one is enough.
+        one = z.device.type != "cpu" or self.function.across is not None
+        return list(slices(len(z), len(z) or 1 if one else cached_rows(z.shape[1])))
 
-    def rows(
-        self, rows: Rows, others: tuple[Any, ...], factors: tuple[Any, ...]
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """The rows of other tensors, and of factors."""
-        pairs = zip(others, self.function.rows_in, strict=True)
-        return (
+    def parts(self, logits: Iterable[Tensor], rows: Rows, values: "Direction") -> Parts:
+        """Logits of a block, with the rows of other tensors and of factors."""
+        pairs = zip(values.others, self.function.rows_in, strict=True)
+        return Parts(
+            tuple(cast(z, self.how.dtype) for z in logits),
             tuple(t if t is None or not has_rows else cut(t, rows) for t, has_rows in pairs),
             tuple(
-                cast(cut(f, rows), self.how.dtype) if isinstance(f, Tensor) else f for f in factors
+                cast(cut(f, rows), self.how.dtype) if isinstance(f, Tensor) else f
+                for f in values.factors
             ),
         )
 
+    def like(self, tensor: Tensor, has_rows: bool) -> Tensor:
+        """Where the gradient of a tensor goes: rows to be written, or a sum that starts at 0."""
+        if has_rows:
+            return empty_rows(len(tensor), tensor, self.index)
+        return torch.zeros_like(tensor, dtype=accumulation_dtype(tensor.dtype))
 
-class Chunk(NamedTuple):
-    """Some rows, with the input and the logits of each layer."""
+    def like_others(self, needed: tuple[Any, ...]) -> list[Any]:
+        """Where the needed gradients of other tensors go."""
+        triples = zip(self.operands.others, self.function.rows_in, needed, strict=True)
+        return [self.like(t, has_rows) if wanted else None for t, has_rows, wanted in triples]
 
-    rows: Rows
-    inputs: list[Tensor]
-    logits: list[Tensor]
-    blocks: list[slice]  # of these rows, that a CPU finds in its cache
+    def add_to_others(self, totals: list[Any], gradients: tuple[Any, ...], rows: Rows) -> None:
+        """Write the gradients of rows, and add up the gradients of what all rows share."""
+        for total, gradient, has_rows in zip(totals, gradients, self.function.rows_in, strict=True):
+            if total is not None and has_rows:
+                _place(total, rows, gradient)
+            elif total is not None:
+                total.add_(gradient)
 
-    def rows_of(self, block: slice) -> Rows:
-        """A block of these rows, counted among all rows."""
-        if isinstance(self.rows, Tensor):
-            return cut(self.rows, block)
-        return slice(self.rows.start + block.start, self.rows.start + block.stop)
+    def add_results(self, results: list[Tensor], values: tuple[Tensor, ...], rows: Rows) -> None:
+        """Write the results of some rows among the results of all rows."""
+        if not results and isinstance(rows, slice) and rows.stop - rows.start >= self.count:
+            results += values
+            return
+        # Made once: small tensors that stay between large ones that go would break up the heap.
+        if not results:
+            results += [empty_rows(self.count, value, self.index) for value in values]
+        for result, value in zip(results, values, strict=True):
+            write(result, rows, value)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A change of each of the other tensors and of the factors; or these themselves."""
+
+    others: tuple[Any, ...]
+    factors: tuple[Any, ...]
+
+
+def _within(rows: Rows, block: slice) -> Rows:
+    """A block of a chunk's rows, counted among all rows."""
+    if isinstance(rows, Tensor):
+        return cut(rows, block)
+    return slice(rows.start + block.start, rows.start + block.stop)
+
+
+def _place(total: Tensor, rows: Rows, values: Tensor) -> None:
+    total[rows] = cast(values, total.dtype)  # which only a slice would do by itself
+
+
+class _Buffer:
+    """The logits of a chunk, in memory that all chunks share.
+
+    Fresh memory costs a CPU more than the arithmetic done in it.
+    """
+
+    def __init__(self, layer: Layer, classes: int, work: Work) -> None:
+        rows = min(work.how.step, work.count) if classes > FEW_CLASSES else 0
+        self.dtype = work.how.logits_dtype
+        self.memory = layer.x.new_empty(rows, classes, dtype=self.dtype)
+
+    def logits(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """The logits x Wᵀ + b, (n, K)."""
+        if len(W) <= FEW_CLASSES:
+            W, x = cast(W, self.dtype), cast(x, self.dtype)
+            b = None if b is None else cast(b, self.dtype)
+            return (W @ x.t() if b is None else torch.addmm(b.unsqueeze(1), W, x.t())).t()
+        return multiply(x, W, b, self.memory[: len(x), : len(W)])
+
+
+class _Head:
+    """A layer on its way through a loop, with its logits and where its gradients go."""
+
+    def __init__(self, layer: Layer, needed: Layer, work: Work, number: int = 0) -> None:
+        self.layer = layer
+        x, W, b = layer
+        self.classes = x.shape[1] if W is None else len(W)
+        self.buffer = None if W is None else _Buffer(layer, self.classes, work)
+        sums, many = accumulation_dtype(x.dtype), (number,) if number else ()
+        self.out = Layer(
+            x=work.like(x, has_rows=True) if needed.x else None,
+            W=x.new_zeros((*many, *W.shape), dtype=sums) if needed.W else None,
+            b=x.new_zeros((*many, *b.shape), dtype=sums) if needed.b else None,
+        )
+
+    def load(self, rows: Rows) -> Tensor:
+        """The logits of a chunk, which the next chunk writes over."""
+        self.rows, self.x = rows, cut(self.layer.x, rows)
+        _, W, b = self.layer
+        self.z = self.x if self.buffer is None else self.buffer.logits(self.x, W, b)
+        return self.z
+
+    def add(
+        self, out: Layer, block: slice, gradient: Tensor, to: Tensor, kept: Tensor | None
+    ) -> Tensor | None:
+        """Add the gradient of b, and put the gradient by a block's logits where it is pulled from.
+
+        Given logits have it as their own gradient. Otherwise it is written over some of the same
+        shape, unless it is all of the chunk's, and returned for the chunk.
+        """
+        if out.b is not None:
+            out.b.add_(gradient.sum(0))
+        if self.layer.W is None and out.x is not None:
+            _place(out.x, _within(self.rows, block), gradient.flatten(1))
+        if self.layer.W is None or (out.x is None and out.W is None):
+            return kept
+        gradient = gradient.flatten(1)
+        if gradient.shape == to.shape and gradient.dtype == to.dtype:
+            return gradient
+        to[block] = gradient
+        return to
+
+    def pull_back(self, out: Layer, g: Tensor | None) -> None:
+        """Write the gradient of the chunk's x, and add the gradient of W."""
+        if g is None:
+            return
+        W = self.layer.W
+        g = cast(g, multiplied_in(W.dtype, W.device))
+        if out.x is not None:
+            by_x = out.x[self.rows] if isinstance(self.rows, slice) else torch.empty_like(self.x)
+            pull_to_rows(g, W, by_x)
+            if not isinstance(self.rows, slice):
+                out.x[self.rows] = by_x
+        if out.W is not None:
+            add_pulled_to_classes_(out.W, g, self.x)
+
+    def sums(self, work: Work) -> Layer:
+        """The gradients, of which x has its sum over all ranks that hold classes."""
+        x, ranks = self.out.x, work.function.across
+        if x is None or ranks is None:
+            return self.out
+        (total,) = ranks.total(x.to(accumulation_dtype(x.dtype)))
+        return self.out._replace(x=total.to(x.dtype))
 
 
 def first_order(
@@ -316,482 +244,314 @@ def first_order(
 
     There is a factor for each result, its cotangent: one for each row, or one for all.
     """
-    function, layers = work.function, work.operands.layers
+    function, given = work.function, Direction(work.operands.others, factors)
+    pairs = zip(work.operands.layers, needed.layers, strict=True)
+    heads = [_Head(*pair, work) for pair in pairs]
+    by_logits = tuple(map(any, needed.layers))
+    needs = Parts(by_logits, needed.others, (values_too,) * function.results)
     results: list[Tensor] = []
-    out = _sums(work, needed)
-    logits_needed = tuple(map(any, needed.layers))
-    needs = Parts(logits_needed, needed.others, (values_too,) * function.results)
+    others = work.like_others(needed.others)
     for chunk in work.chunks():
-        gradients = list(chunk.logits)
-        for block in chunk.blocks:
-            rows = chunk.rows_of(block)
-            first = function.first(work.parts(chunk, block, factors), needs)
+        logits = [head.load(chunk) for head in heads]
+        g: list[Tensor | None] = [None] * len(heads)
+        for block in work.blocks(logits[-1]):
+            rows = _within(chunk, block)
+            at = work.parts((cut(z, block) for z in logits), rows, given)
+            first = function.first(at, needs)
             if values_too:
-                _write_among(results, first.results, rows, work)
-            for i in compress(range(len(layers)), logits_needed):
-                if layers[i].W is None:
-                    _place(out.layers[i].x, rows, first.logits[i])
-                else:
-                    sums, z = out.layers[i], chunk.logits[i]
-                    gradients[i] = _add_gradient(sums, z, block, first.logits[i])
-            _add_to_others(out.others, first.others, work, rows)
-            del first  # before the next one is made, as it may be as large as a chunk
-        for layer, sums, x, g in zip(layers, out.layers, chunk.inputs, gradients, strict=True):
-            _pull_back(sums, layer._replace(x=x), g, chunk.rows)
-    return tuple(results), _over_ranks(out, work)
+                work.add_results(results, first.results, rows)
+            for i, (head, gradient) in enumerate(zip(heads, first.logits, strict=True)):
+                if gradient is not None:
+                    g[i] = head.add(head.out, block, gradient, head.z, g[i])
+            work.add_to_others(others, first.others, rows)
+            del at, first  # before the next ones are made, which may be as large as a chunk
+        for head, gradient in zip(heads, g, strict=True):
+            head.pull_back(head.out, gradient)
+    return tuple(results), Operands(tuple(head.sums(work) for head in heads), tuple(others))
 
 
-class Direction(NamedTuple):
-    """A change of the operands and of the cotangents, or M of them.
+class _MovingHead(_Head):
+    """A layer whose logits move along M directions, with the changes of its gradients."""
 
-    A layer's W is (M, K, D) and its b (M, K). All else has its own shape, and moves only where
-    M = 1. What stays is None, or 0 for a cotangent.
-    """
+    def __init__(self, layer: Layer, needed: Layer, along: Layer, work: Work) -> None:
+        x, W, _ = layer
+        # A direction is a gradient's cotangent, which float32 sums of half precision have in
+        # float32.
+        self.along = Layer(*(None if u is None else u.to(x.dtype) for u in along))
+        self.number = next((len(u) for u in self.along[1:] if u is not None), 1)
+        super().__init__(layer, needed, work, self.number)
+        self.together = max(1, min(self.number, FEW_CLASSES // self.classes))
+        width = self.classes * self.together
+        self.changes = None if W is None else _Buffer(layer, width, work)
+        moves, wanted = self.along, self.out
+        self.crosses = W is not None and bool(
+            (wanted.x is not None and moves.W is not None)
+            or (wanted.W is not None and moves.x is not None)
+        )
 
-    operands: Operands
-    factors: tuple[Any, ...]
+    def move(self, group: slice) -> Tensor:
+        """The changes u = x uWᵀ + ux Wᵀ + ub along some of the directions, (n, m K)."""
+        ux = None if self.along.x is None else cut(self.along.x, self.rows)
+        if self.changes is None:
+            return torch.zeros_like(self.x) if ux is None else ux
+        _, uW, ub = self.along
+        uW, ub = (None if u is None else u[group].flatten(0, 1) for u in (uW, ub))
+        if uW is not None:
+            u = self.changes.logits(self.x, uW, ub)
+            return u if ux is None else add_multiplied_(u, ux, self.layer.W)
+        if ux is not None:
+            return self.changes.logits(ux, self.layer.W, ub)
+        width = (group.stop - group.start) * self.classes
+        u = self.x.new_zeros(len(self.x), width, dtype=self.changes.dtype)
+        return u if ub is None else u.add_(ub)
+
+    def part(self, group: slice) -> Layer:
+        """Where the changes along some of the directions go, of W as one matrix (m K, D)."""
+        x, W, b = self.out
+        return Layer(
+            x, None if W is None else W[group].flatten(0, 1), None if b is None else b[group]
+        )
+
+    def add_crossed(self, out: Layer, g: Tensor) -> None:
+        """Add g uW to the change of the chunk's ∂/∂x, and gᵀ ux to the change of ∂/∂W."""
+        ux, uW, _ = self.along
+        g = cast(g, multiplied_in(self.layer.W.dtype, self.layer.W.device))
+        if out.x is not None and uW is not None:
+            by_x = out.x[self.rows]  # a copy where the rows are an index
+            add_pulled_to_rows_(by_x, g, uW.squeeze(0))
+            if not isinstance(self.rows, slice):
+                out.x[self.rows] = by_x
+        if out.W is not None and ux is not None:
+            add_pulled_to_classes_(out.W, g, cut(ux, self.rows))
 
 
 def second_order(
-    work: Work, factors: tuple[Any, ...], along: Direction, needed: Operands, asked: Mask
+    work: Work,
+    given: tuple[tuple[Any, ...], tuple[Any, ...]],
+    along: Operands,
+    needed: Operands,
+    asked: Mask,
 ) -> tuple[tuple[Tensor, ...], Operands]:
     """How gradients and results change along M directions: the twin of `first_order`.
+
+    Args:
+        work: What the loop goes over.
+        given: The cotangent of each result, and its change; 0 for none.
+        along: A change of the operands, or M of them: a layer's W is (M, K, D) and its b (M, K).
+            All else has its own shape, and moves only where M = 1. None is what stays.
+        needed: The gradients by which of the operands.
+        asked: Which results.
 
     Returns:
         The changes of the results that are asked for, (N, M); and of the gradients that are needed,
         (M, ...) by W and b, and of its own shape by all else.
     """
-    second = _Second(work, factors, along, needed, asked)
+    factors, moved_factors = given
+    at_rest = Direction(work.operands.others, factors)
+    moving = Direction(along.others, moved_factors)
+    triples = zip(work.operands.layers, needed.layers, along.layers, strict=True)
+    heads = [_MovingHead(*triple, work) for triple in triples]
+    results: list[Tensor] = []
+    others = work.like_others(needed.others)
+    groups = list(slices(max(h.number for h in heads), min(h.together for h in heads)))
+
+    def parts(block: slice) -> tuple[slice, Parts, Any]:
+        logits = (cut(head.z, block) for head in heads)
+        at = work.parts(logits, _within(heads[-1].rows, block), at_rest)
+        return block, at, work.function.point(at)
+
     for chunk in work.chunks():
-        parts = (work.parts(chunk, block, factors) for block in chunk.blocks)
-        points: Any = ((at, work.function.point(at)) for at in parts)
-        if len(second.groups) > 1:
-            points = list(points)
-        for group in second.groups:
-            second.add(chunk, group, points)
-    return tuple(second.results), _over_ranks(second.out, work)
+        logits = [head.load(chunk) for head in heads]
+        points: Iterable[tuple[slice, Parts, Any]] = map(parts, work.blocks(logits[-1]))
+        points = points if len(groups) == 1 else list(points)
+        for group in groups:
+            _add_changes(work, heads, group, points, (moving, asked), (results, others))
+    return tuple(results), Operands(tuple(head.sums(work) for head in heads), tuple(others))
 
 
-class _Second:
-    """The changes along M directions, on the way."""
-
-    def __init__(
-        self,
-        work: Work,
-        factors: tuple[Any, ...],
-        along: Direction,
-        needed: Operands,
-        asked: Mask,
-    ) -> None:
-        self.work, self.along, self.asked = work, along, asked
-        pairs = zip(work.operands.layers, along.operands.layers, strict=True)
-        self.moves = [_Moves(*pair, work) for pair in pairs]
-        self.number = max(move.number for move in self.moves)
-        few = FEW_CLASSES // max(move.classes for move in self.moves)
-        self.groups = list(slices(self.number, max(1, few)))
-        self.out = _sums(work, needed, self.number)
-        pairs = zip(self.moves, self.out.layers, strict=True)
-        self.crosses = any(move.crosses(out) for move, out in pairs)
-        self.results: list[Tensor] = []
-
-    def add(self, chunk: "Chunk", group: slice, points: Iterable[tuple[Parts, Any]]) -> None:
-        """Add what a chunk's rows come to along some of the directions."""
-        function, layers = self.work.function, self.work.operands.layers
-        pairs = zip(self.moves, chunk.inputs, strict=True)
-        changes = [move.along(x, chunk.rows, group) for move, x in pairs]
-        h, g = list(changes), list(chunk.logits)
-        out = [_of_group(sums, group) for sums in self.out.layers]
-        for block, (at, point) in zip(chunk.blocks, points, strict=True):
-            rows = chunk.rows_of(block)
-            second = function.second(point, at, self._moved(changes, block, rows), self.asked)
-            self._write(second.results, rows, group)
-            _add_to_others(self.out.others, second.others, self.work, rows)
-            for i, change in enumerate(second.logits):
-                if layers[i].W is None and out[i].x is not None:
-                    _place(out[i].x, rows, change.squeeze(1))
-                elif layers[i].W is not None:
-                    h[i] = _add_gradient(out[i], changes[i], block, change)
-            if self.crosses:
-                for i, gradient in enumerate(function.gradient(point, at)):
-                    g[i] = _put(chunk.logits[i], block, gradient)
-            del second, point
-        for i, move in enumerate(self.moves):
-            layer = layers[i]._replace(x=chunk.inputs[i])
-            _pull_back(out[i], layer, h[i], chunk.rows)
-            if move.crosses(out[i]):
-                _add_crossed(out[i], move, g[i], chunk.rows)
-
-    def _moved(self, changes: list[Tensor], block: slice, rows: Rows) -> Parts:
-        """The direction of a block of rows."""
-        pairs = zip(changes, self.moves, strict=True)
-        logits = tuple(
-            cast(cut(u, block), self.work.how.dtype).unflatten(1, (-1, move.classes))
-            for u, move in pairs
-        )
-        others, factors = self.along.operands.others, self.along.factors
-        return Parts(logits, *self.work.rows(rows, others, factors))
-
-    def _write(self, slopes: tuple[Tensor, ...], rows: Rows, group: slice) -> None:
-        """Write how the results of some rows change along some of the directions."""
-        if not self.results:
-            shape = self.work.count, self.number
-            self.results += [slope.new_zeros(shape) for slope in slopes]
-        for result, slope in zip(self.results, slopes, strict=True):
-            result[rows, group] = slope
-
-
-class _Moves:
-    """How a layer's logits move along M directions."""
-
-    def __init__(self, layer: Layer, direction: Layer, work: Work) -> None:
-        x, W, _ = layer
-        self.layer = layer
-        # A direction is a gradient's cotangent, which float32 sums of half precision have in
-        # float32.
-        self.x, self.W, self.b = (None if u is None else u.to(x.dtype) for u in direction)
-        self.number = next((len(u) for u in (self.W, self.b) if u is not None), 1)
-        self.classes = x.shape[1] if W is None else len(W)
-        self.dtype = work.how.logits_dtype
-        width = self.classes * max(1, min(self.number, FEW_CLASSES // self.classes))
-        rows = min(work.how.step, work.count)
-        self.buffer = None if W is None else Logits(rows, x, width, self.dtype)
-
-    def crosses(self, out: Layer) -> bool:
-        """Whether the layer's own g takes part in the changes of its gradients."""
-        if self.layer.W is None:
-            return False
-        return (out.x is not None and self.W is not None) or (
-            out.W is not None and self.x is not None
-        )
-
-    def along(self, x: Tensor, rows: Rows, group: slice) -> Tensor:
-        """The changes u = x uWᵀ + ux Wᵀ + ub along some of the directions, (n, m K)."""
-        ux = None if self.x is None else cut(self.x, rows)
-        if self.buffer is None:
-            return torch.zeros_like(x) if ux is None else ux
-        uW, ub = (None if u is None else u[group].flatten(0, 1) for u in (self.W, self.b))
-        if uW is not None:
-            u = self.buffer.of(x, uW, ub)
-            return u if ux is None else add_multiplied_(u, ux, self.layer.W)
-        if ux is not None:
-            return self.buffer.of(ux, self.layer.W, ub)
-        u = x.new_zeros(len(x), (group.stop - group.start) * self.classes, dtype=self.dtype)
-        return u if ub is None else u.add_(ub)
-
-
-def _sums(work: Work, needed: Operands, number: int = 0) -> Operands:
-    """Where needed gradients go, or their changes along a number of directions."""
-
-    def of_layer(layer: Layer, wanted: Layer) -> Layer:
-        x, W, b = layer
-        sums, many = accumulation_dtype(x.dtype), (number,) if number else ()
-        return Layer(
-            x=_gradient_like(x, True, work.index) if wanted.x else None,
-            W=x.new_zeros((*many, *W.shape), dtype=sums) if wanted.W else None,
-            b=x.new_zeros((*many, *b.shape), dtype=sums) if wanted.b else None,
-        )
-
-    (layers, others), rows_in = work.operands, work.function.rows_in
-    pairs = zip(layers, needed.layers, strict=True)
-    triples = zip(others, rows_in, needed.others, strict=True)
-    return Operands(
-        tuple(of_layer(*pair) for pair in pairs),
-        tuple(_gradient_like(t, r, work.index) if w else None for t, r, w in triples),
-    )
-
-
-def _of_group(out: Layer, group: slice) -> Layer:
-    """Where the changes along some of the directions go, of W as one matrix (m K, D)."""
-    return Layer(
-        out.x,
-        None if out.W is None else out.W[group].flatten(0, 1),
-        None if out.b is None else out.b[group],
-    )
-
-
-def _gradient_like(tensor: Tensor, has_rows: bool, index: Tensor | None) -> Tensor:
-    """Where the gradient of a tensor goes: rows to be written, or a sum that starts at 0."""
-    if has_rows:
-        return empty_rows(len(tensor), tensor, index)
-    return torch.zeros_like(tensor, dtype=accumulation_dtype(tensor.dtype))
-
-
-def _add_gradient(out: Layer, logits: Tensor, block: slice, gradient: Tensor) -> Tensor:
-    """Add the gradient of b, and put the gradient of logits where the products find it."""
-    if out.b is not None:
-        out.b.add_(gradient.sum(0))
-    if out.x is None and out.W is None:
-        return logits
-    return _put(logits, block, gradient.flatten(1))
-
-
-def _add_to_others(
-    totals: tuple[Any, ...], gradients: tuple[Any, ...], work: Work, rows: Rows
+def _add_changes(
+    work: Work,
+    heads: list[_MovingHead],
+    group: slice,
+    points: Iterable[tuple[slice, Parts, Any]],
+    what: tuple[Direction, Mask],
+    to: tuple[list[Tensor], list[Any]],
 ) -> None:
-    """Write the gradients of rows, and add up the gradients of what all rows share."""
-    for total, gradient, has_rows in zip(totals, gradients, work.function.rows_in, strict=True):
-        if total is not None and has_rows:
-            _place(total, rows, gradient)
-        elif total is not None:
-            total.add_(gradient)
+    """Add what a chunk's rows come to along some of the directions."""
+    (moving, asked), (results, others), function = what, to, work.function
+    changes, outs = [h.move(group) for h in heads], [h.part(group) for h in heads]
+    h: list[Tensor | None] = [None] * len(heads)
+    g: list[Tensor | None] = [None] * len(heads)
+    for block, at, point in points:
+        rows = _within(heads[-1].rows, block)
+        u = (
+            cut(change, block).unflatten(1, (-1, head.classes))
+            for change, head in zip(changes, heads, strict=True)
+        )
+        second = function.second(point, at, work.parts(u, rows, moving), asked)
+        _add_slopes(results, second.results, rows, group, (work.count, heads[-1].number))
+        work.add_to_others(others, second.others, rows)
+        for i, head in enumerate(heads):
+            h[i] = head.add(outs[i], block, second.logits[i], changes[i], h[i])
+        if any(head.crosses for head in heads):
+            for i, gradient in enumerate(function.gradient(point, at)):
+                if heads[i].crosses:
+                    out = outs[i]._replace(b=None)
+                    g[i] = heads[i].add(out, block, gradient, heads[i].z, g[i])
+        del at, point, second
+    for head, out, by_u, gradient in zip(heads, outs, h, g, strict=True):
+        head.pull_back(out, by_u)
+        if head.crosses and gradient is not None:
+            head.add_crossed(out, gradient)
 
 
-def _place(total: Tensor, rows: Rows, values: Tensor) -> None:
-    """Write the values of some rows."""
-    total[rows] = cast(values, total.dtype)  # which only a slice would do by itself
-
-
-def _put(into: Tensor, block: slice, value: Tensor) -> Tensor:
-    """Write a block of a chunk's rows; or return the block where it is the whole chunk."""
-    if value.shape == into.shape and value.dtype == into.dtype:
-        return value
-    into[block] = value
-    return into
-
-
-def _write_among(results: list[Tensor], values: tuple[Tensor, ...], rows: Rows, work: Work) -> None:
-    """Write the results of some rows among the results of all rows."""
-    if not results and isinstance(rows, slice) and rows.stop - rows.start >= work.count:
-        results += values
-        return
-    # Made once: small tensors that stay between large ones that go would break up the heap.
+def _add_slopes(
+    results: list[Tensor],
+    slopes: tuple[Tensor, ...],
+    rows: Rows,
+    group: slice,
+    shape: tuple[int, int],
+) -> None:
     if not results:
-        results += [empty_rows(work.count, value, work.index) for value in values]
-    for result, value in zip(results, values, strict=True):
-        write(result, rows, value)
-
-
-def _pull_back(out: Layer, layer: Layer, g: Tensor, rows: Rows) -> None:
-    """Write the gradient of a chunk's x, and add the gradient of W, for the gradient of logits."""
-    x, W, _ = layer
-    if W is None or (out.x is None and out.W is None):
-        return
-    g = cast(g, multiplied_in(W.dtype, W.device))
-    if out.x is not None:
-        by_x = out.x[rows] if isinstance(rows, slice) else torch.empty_like(x)
-        pull_to_rows(g, W, by_x)
-        if not isinstance(rows, slice):
-            out.x[rows] = by_x
-    if out.W is not None:
-        add_pulled_to_classes_(out.W, g, x)
-
-
-def _add_crossed(out: Layer, move: _Moves, g: Tensor, rows: Rows) -> None:
-    """Add g uW to the change of a chunk's ∂/∂x, and gᵀ ux to the change of ∂/∂W."""
-    g = cast(g, multiplied_in(move.layer.W.dtype, move.layer.W.device))
-    if out.x is not None and move.W is not None:
-        by_x = out.x[rows]  # a copy where the rows are an index
-        add_pulled_to_rows_(by_x, g, move.W.squeeze(0))
-        if not isinstance(rows, slice):
-            out.x[rows] = by_x
-    if out.W is not None and move.x is not None:
-        add_pulled_to_classes_(out.W, g, cut(move.x, rows))
-
-
-def _over_ranks(out: Operands, work: Work) -> Operands:
-    """Gradients, of which x has its sum over all ranks that hold classes."""
-    ranks = work.function.across
-    if ranks is None:
-        return out
-    (layer,) = out.layers
-    if layer.x is None:
-        return out
-    (x,) = ranks.total(layer.x.to(accumulation_dtype(layer.x.dtype)))
-    return out._replace(layers=(layer._replace(x=x.to(layer.x.dtype)),))
+        results += [slope.new_zeros(shape) for slope in slopes]
+    for result, slope in zip(results, slopes, strict=True):
+        result[rows, group] = slope
 
 
 # The loops as sweeps of a plan and of its derivatives.
 
 
 @dataclass(frozen=True)
-class ValuesSweep:
-    """The results of all rows.
+class LoopSweep:
+    """A loop over all rows for the results, their gradients, or the changes of these.
 
-    Here and below, a mask has a place for each operand, and mostly one for each result behind.
+    A mask has a place for each operand and one for each result behind. The plan itself has the
+    derivatives of the second order.
+
+    Args:
+        function, how: The row function, and how its logits are computed.
+        order: 0 for results, 1 for gradients, 2 for changes along a direction.
+        wanted: The gradients by which operands, and which results.
+        moved: Of which operands and cotangents the direction is given; None of it is what stays.
+        has_factors: Whether a cotangent of each result is given; else all are 0.
+        many: Whether the directions are M, of layers' W and b alone.
     """
 
     function: RowFunction
     how: How
+    order: int
+    wanted: Mask
+    moved: Mask = ()
+    has_factors: bool = True
+    many: bool = False
 
     @property
     def operands(self) -> int:
         """The number of operands."""
         return len(self.function.has_rows)
 
-    @property
-    def outputs(self) -> Mask:
-        """Of which operands and results there are gradients, values or changes."""
-        return self._mask(False, True)
-
-    def _mask(self, of_operands: bool, of_results: bool) -> Mask:
-        return (of_operands,) * self.operands + (of_results,) * self.function.results
-
-    @property
-    def masks(self) -> Mask:
-        """What tells the sweep, for an operator."""
-        return ()
-
-    @classmethod
-    def of_masks(cls, function: RowFunction, how: How, masks: Mask) -> "ValuesSweep":
-        """The sweep of these masks."""
-        return ValuesSweep(function, how)
-
     def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:
-        """The results, (N, ...)."""
-        function = self.function
-        nothing = function.operands((False,) * self.operands)
-        work = Work(function, self.how, function.operands(tensors), index)
-        values, _ = first_order(work, (), nothing)
-        return values
-
-    def vjp(self, wanted: Mask) -> "ValuesSweep | None":
-        """The sweep of the gradients."""
-        return GradientSweep(self.function, self.how, wanted)
-
-    def jvp(self) -> "ValuesSweep | None":
-        """The sweep of the tangents, which are second derivatives: T is linear in its factors."""
-        if not self.function.has_second:
-            return None
-        moved, wanted = self._mask(True, False), self._mask(False, True)
-        return SecondSweep(self.function, self.how, moved, wanted, has_factors=False)
-
-    def batch(self, batched: Mask, present: Mask) -> "ValuesSweep | None":
-        """No sweep for a batch."""
-        return None
-
-
-@dataclass(frozen=True)
-class GradientSweep(ValuesSweep):
-    """The gradients by the wanted operands, for cotangents of the results."""
-
-    wanted: Mask = ()
-
-    @property
-    def outputs(self) -> Mask:
-        """The gradients by operands."""
-        return (*self.wanted, *(False,) * self.function.results)
-
-    @property
-    def masks(self) -> Mask:
-        """The operands that are wanted."""
-        return self.wanted
-
-    @classmethod
-    def of_masks(cls, function: RowFunction, how: How, masks: Mask) -> "ValuesSweep":
-        """The sweep of these masks."""
-        return GradientSweep(function, how, masks)
-
-    def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:
-        """The gradients, each of the shape of its operand."""
-        function = self.function
-        at, cotangents = split(tensors, self.operands)
-        factors = tuple(0.0 if c is None else c for c in cotangents)
-        work = Work(function, self.how, function.operands(at), index)
-        _, gradients = first_order(work, factors, function.operands(self.wanted), values_too=False)
-        return select(gradients.flat(), self.wanted)
-
-    def vjp(self, wanted: Mask) -> "ValuesSweep | None":
-        """The sweep of the changes along the cotangents of the gradients."""
-        if not self.function.has_second:
-            return None
-        return SecondSweep(self.function, self.how, self.outputs, wanted)
-
-    def jvp(self) -> "ValuesSweep | None":
-        """The sweep of the changes along tangents: the Hessian is symmetric."""
-        if not self.function.has_second:
-            return None
-        return SecondSweep(self.function, self.how, self._mask(True, True), self.outputs)
-
-
-@dataclass(frozen=True)
-class SecondSweep(ValuesSweep):
-    """The changes of gradients and results along a direction. The plan has their derivatives.
-
-    Args:
-        function, how: As above.
-        moved: Of which operands and results the direction is given; None of it is what stays.
-        wanted: The gradients by which operands change, and which results.
-        has_factors: Whether a cotangent of each result is given; else there is none of any.
-        many: Whether the directions are M, of a layer's W and b alone.
-    """
-
-    moved: Mask = ()
-    wanted: Mask = ()
-    has_factors: bool = True
-    many: bool = False
-
-    @property
-    def outputs(self) -> Mask:
-        """What is wanted."""
-        return self.wanted
-
-    @property
-    def masks(self) -> Mask:
-        """What moves and what is wanted, and what is given."""
-        return (*self.moved, *self.wanted, self.has_factors, self.many)
-
-    @classmethod
-    def of_masks(cls, function: RowFunction, how: How, masks: Mask) -> "ValuesSweep":
-        """The sweep of these masks."""
-        *both, has_factors, many = masks
-        moved, wanted = split(both, len(both) // 2)
-        return SecondSweep(function, how, moved, wanted, has_factors, many)
-
-    def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:
-        """The changes, each of the shape of what it is the change of."""
+        """The results or gradients, of the shapes of what they are by."""
         function = self.function
         at, rest = split(tensors, self.operands)
+        by_operands, of_results = split(self.wanted, self.operands)
+        needed = function.operands(by_operands)
+        work = Work(function, self.how, function.operands(at), index)
+        if self.order == 2:
+            slopes, changes = self._changes(work, rest, needed, of_results)
+            return (*select(changes.flat(), by_operands), *slopes)
+        factors = tuple(0.0 if c is None else c for c in rest)
+        values, gradients = first_order(work, factors, needed, values_too=self.order == 0)
+        return values if self.order == 0 else select(gradients.flat(), by_operands)
+
+    def _changes(
+        self, work: Work, rest: Tensors, needed: Operands, asked: Mask
+    ) -> tuple[tuple[Tensor, ...], Operands]:
+        function = self.function
         cotangents, given = split(rest, function.results if self.has_factors else 0)
-        cotangents = cotangents or (None,) * function.results
-        moves, moved_factors = split(
-            merge((None,) * len(self.moved), self.moved, given), self.operands
+        moves = merge((None,) * len(self.moved), self.moved, given)
+        operands, moved_factors = split(moves, self.operands)
+        factors = cotangents or (None,) * function.results
+        both = tuple(
+            tuple(0.0 if f is None else f for f in some) for some in (factors, moved_factors)
         )
-        direction = function.operands(moves)
-        if not self.many:
-            direction = direction._replace(layers=tuple(map(_one_of_many, direction.layers)))
-        needed, asked = split(self.wanted, self.operands)
-        slopes, changes = second_order(
-            Work(function, self.how, function.operands(at), index),
-            tuple(0.0 if c is None else c for c in cotangents),
-            Direction(direction, tuple(0.0 if f is None else f for f in moved_factors)),
-            function.operands(needed),
-            asked,
-        )
-        if not self.many:
-            changes = changes._replace(layers=tuple(map(_only, changes.layers)))
-            slopes = tuple(slope.squeeze(1) for slope in slopes)
-        return (*select(changes.flat(), needed), *slopes)
+        along = function.operands(operands)
+        if self.many:
+            return second_order(work, both, along, needed, asked)  # type: ignore[arg-type]
+        along = along._replace(layers=tuple(Layer(x, *map(_one, Wb)) for x, *Wb in along.layers))
+        slopes, changes = second_order(work, both, along, needed, asked)  # type: ignore[arg-type]
+        layers = tuple(Layer(x, *map(_only, Wb)) for x, *Wb in changes.layers)
+        return tuple(slope.squeeze(1) for slope in slopes), changes._replace(layers=layers)
 
-    def vjp(self, wanted: Mask) -> None:
-        """No sweep of the third order."""
+    def vjp(self, wanted: Mask) -> "LoopSweep | None":
+        """The sweep of the gradients, or of the changes along their cotangents."""
+        if self.order == 0:
+            return replace(self, order=1, wanted=(*wanted, *(False,) * self.function.results))
+        if self.order == 1 and self.function.has_second:
+            return replace(self, order=2, moved=self.wanted, wanted=wanted)
+        return None
 
-    def jvp(self) -> None:
-        """No sweep of the third order."""
+    def jvp(self) -> "LoopSweep | None":
+        """The sweep of the changes along tangents: the Hessian is symmetric.
 
-    def batch(self, batched: Mask, present: Mask) -> "ValuesSweep | None":
+        Results are linear in factors, so that their tangents are changes of gradients too.
+        """
+        if self.order == 2 or not self.function.has_second:
+            return None
+        moved = (True,) * self.operands + (self.order == 1,) * self.function.results
+        return replace(self, order=2, moved=moved, has_factors=self.order == 1)
+
+    def batch(self, batched: Mask, present: Mask) -> "LoopSweep | None":
         """The sweep for M directions of W and b, if all that is given of them is batched."""
         function, given = self.function, sum(self.moved)
-        is_moving = merge((False,) * len(self.moved), self.moved, present[-given:])
-        operands, factors = split(is_moving, self.operands)
-        if (
-            self.many
-            or function.across is not None
-            or batched != (*(False,) * (len(batched) - given), *present[-given:])
-        ):
+        if self.order != 2 or self.many or function.across is not None:
             return None
-        moves, (wanted, _) = function.operands(operands), split(self.wanted, self.operands)
-        needed = function.operands(wanted)
-        of_rows = (*(layer.x for layer in (*moves.layers, *needed.layers)), *moves.others)
-        if any((*of_rows, *needed.others, *factors)) or not any(operands):
+        at_rest = (False,) * (len(batched) - given)
+        if batched != (*at_rest, *present[len(at_rest) :]):
+            return None
+        is_moving = merge((False,) * len(self.moved), self.moved, present[len(at_rest) :])
+        moves, needed = (split(mask, self.operands) for mask in (is_moving, self.wanted))
+        along, wanted = (function.operands(mask) for mask, _ in (moves, needed))
+        of_rows = (layer.x for layer in (*along.layers, *wanted.layers))
+        if any((*of_rows, *along.others, *wanted.others, *moves[1])) or not any(is_moving):
             return None
         return replace(self, many=True)
 
 
-def _one_of_many(direction: Layer) -> Layer:
-    x, W, b = direction
-    return Layer(x, None if W is None else W.unsqueeze(0), None if b is None else b.unsqueeze(0))
+def _one(direction: Tensor | None) -> Tensor | None:
+    return None if direction is None else direction.unsqueeze(0)
 
 
-def _only(change: Layer) -> Layer:
-    x, W, b = change
-    return Layer(x, None if W is None else W.squeeze(0), None if b is None else b.squeeze(0))
+def _only(change: Tensor | None) -> Tensor | None:
+    return None if change is None else change.squeeze(0)
+
+
+def results_sweep(function: RowFunction, how: How) -> LoopSweep:
+    """The sweep of all results."""
+    wanted = (False,) * len(function.has_rows) + (True,) * function.results
+    return LoopSweep(function, how, 0, wanted)
+
+
+def plan_of(function: RowFunction, how: How) -> Plan:
+    """The plan of a row function, with the loops as its sweeps."""
+    results = (True,) * function.results
+    sweep = results_sweep(function, how)
+    return Plan(function.definition(how), function.has_rows, results, how.step, sweep)
+
+
+def total_of(function: RowFunction, how: How, index: Tensor | None) -> Total:
+    """The sum of all results, each times its factor, with gradients."""
+    plan = plan_of(function, how).for_rows(index)
+
+    def run(tensors: Tensors, wanted: Mask) -> Sum:
+        at, factors = split(tensors, len(plan.rows_in))
+        needed, by_factors = split(wanted, len(plan.rows_in))
+        work = Work(function, how, function.operands(at), index)
+        one = tuple(1.0 if factor is None else factor for factor in factors)
+        values, gradients = first_order(work, one, function.operands(needed))
+        total = sum_of_products(values, factors, index)
+        pairs = zip(values, by_factors, strict=True)
+        by_values = (value if is_needed else None for value, is_needed in pairs)
+        return Sum(total, (*gradients.flat(), *by_values))
+
+    return Total(plan, run, complete=lambda tensors: tensors)

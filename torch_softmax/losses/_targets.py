@@ -1,6 +1,7 @@
 """What the options of a loss mean: each is folded into a target distribution or a row's weight."""
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -108,7 +109,8 @@ def check_classes(classes: int, weight: Tensor | None) -> None:
         checks.shape("weight", weight, (classes,), "for one weight a class")
 
 
-class Counted(NamedTuple):
+@dataclass(frozen=True)
+class Counted:
     """Which rows count: those of an index, which are selected; or those of a mask.
 
     Only the numbers of a mask tell how many rows count. Compiled code, `vmap` over targets and a

@@ -27,7 +27,7 @@ from ._autograd import Mask
 from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype, widest
 from ._formulas import per_row
 from ._operators import named_in_operators, results_of, sum_of
-from ._sweeps import How, Layer, Operands, Parts, RowFunction
+from ._rows import How, Layer, Operands, Parts, RowFunction
 from ._targets import REDUCTIONS, Counted
 from .linear import as_multiplied, default_chunk_size
 from .logits import mean_over
@@ -69,7 +69,8 @@ class Divergence(RowFunction):
     @classmethod
     def from_told(cls, words: list[str], numbers: list[float]) -> "Divergence":
         """The divergence of this name, β and T."""
-        return Divergence(*words, *numbers)
+        (divergence,), (beta, temperature) = words, numbers
+        return Divergence(divergence, beta, temperature)
 
     def __call__(self, logits: tuple[Tensor, ...], others: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The divergence (n,) by its definition."""
@@ -89,8 +90,8 @@ class Divergence(RowFunction):
         values: tuple[Tensor, ...] = ()
         if all(needed.results):
             terms = zip(pair, self._shares(), strict=True)
-            value = sum(share * (side.p * side.ratio).sum(1) for side, share in terms if share)
-            values = (self.temperature**2 * value,)
+            shared = [share * (side.p * side.ratio).sum(1) for side, share in terms if share]
+            values = (self.temperature**2 * torch.stack(shared).sum(0),)
         if not any(needed.logits):
             return Parts((None, None), (), values)
         return Parts(self._gradients(pair, at, needed.logits), (), values)

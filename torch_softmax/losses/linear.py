@@ -11,7 +11,7 @@ from .. import _checks as checks
 from ._dtypes import accumulation_dtype, cast, loss_dtype, outside_autocast, product_dtype, widest
 from ._formulas import Across
 from ._products import multiplied_in
-from ._sweeps import How, Layer
+from ._rows import How, Layer
 from ._targets import LogitOptions, Options, RowOptions, Terms, check_classes, fold
 from .logits import PLAIN, cross_entropy, loss_of
 
@@ -120,6 +120,7 @@ def _all_logits(layer: Layer) -> Tensor:
     """The logits (N, C, d1, ...) of a layer (C, d1, ..., D)."""
     dtype = product_dtype(*layer)
     x, W, b = (None if t is None else cast(t, dtype) for t in layer)
+    assert x is not None
     assert W is not None
     flat_bias = None if b is None else b.flatten()
     logits: Tensor = linear(x, W.flatten(0, -2), flat_bias).unflatten(1, W.shape[:-1])

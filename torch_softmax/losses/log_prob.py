@@ -15,7 +15,7 @@ from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype
 from ._formulas import Numbers
 from ._numbers import RowNumbers
 from ._operators import results_of
-from ._sweeps import Layer, Operands
+from ._rows import Layer, Operands
 from ._targets import NO_OPTIONS, Counted, LogitOptions, fold
 from .linear import as_multiplied, dtypes_and_chunks
 
@@ -61,17 +61,16 @@ def linear_log_prob(
     with outside_autocast(flat.x):
         values = results_of(function, how, Operands((flat,), tuple(terms.y)), counted)
     numbers = Numbers(**dict(zip(asked, values, strict=True)))
+    uncertainty = torch.full_like(numbers.gap, torch.nan)
+    if entropy:
+        uncertainty = numbers.log_sum + numbers.mean_gap
     results = (
         -(numbers.log_sum + numbers.gap),
-        numbers.log_sum + numbers.mean_gap if entropy else None,
+        uncertainty,
         numbers.log_sum + numbers.top.detach(),
         numbers.is_top.detach(),
     )
     log_prob, uncertainty, logsumexp, is_top = (
-        r if r is None else cast(counted.read_zeros(r), returned).reshape(target.shape)
-        for r in results
+        cast(counted.read_zeros(result), returned).reshape(target.shape) for result in results
     )
-    nothing = torch.full_like(log_prob, torch.nan)
-    return LogProb(
-        log_prob, nothing if uncertainty is None else uncertainty, logsumexp, is_top != 0
-    )
+    return LogProb(log_prob, uncertainty, logsumexp, is_top != 0)

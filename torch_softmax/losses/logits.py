@@ -11,7 +11,8 @@ from ._dtypes import accumulation_dtype, cast, loss_dtype, widest
 from ._formulas import Across, Numbers, product
 from ._numbers import RowNumbers
 from ._operators import results_of, sum_of
-from ._sweeps import How, Layer, Operands, logits_step
+from ._rows import How, Layer, Operands
+from ._sweeps import logits_step
 from ._targets import Counted, LogitOptions, Options, Terms, check_classes, fold
 
 PLAIN = LogitOptions()
@@ -66,13 +67,12 @@ def _factors(terms: Terms, z_loss: float, dtype: torch.dtype, counted: Counted) 
     mass, factor = terms.mass, terms.factor
     if counted.mask is not None:
         factor = counted.mask.to(dtype) if factor is None else counted.read_zeros(factor)
-    if z_loss and factor is None:
-        factor = torch.ones_like(
-            terms.y.target[..., 0] if terms.y.is_dense() else terms.y.target, dtype=dtype
-        )
-    of_log_sum = mass if factor is None or mass is None else factor * mass
-    of_log_sum = factor if mass is None else of_log_sum
-    return (of_log_sum, factor, z_loss * factor) if z_loss else (of_log_sum, factor)
+    of_log_sum = mass if factor is None else factor if mass is None else factor * mass
+    if not z_loss:
+        return of_log_sum, factor
+    target = terms.y.target
+    one = target.new_ones(target.shape[:1], dtype=dtype) if factor is None else factor
+    return of_log_sum, factor, z_loss * one
 
 
 def mean_over(total: Tensor, count: Tensor | float, mean_of_no_rows: float = math.nan) -> Tensor:

@@ -20,7 +20,7 @@ from .._transforms import is_differentiated, is_moving
 from ._autograd import Mask, Tensors, captured_leaves, detached, merge, pulled_back, select, split
 from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype, sum_dtype
 from ._operators import results_of, sum_of
-from ._sweeps import How, Layer, Operands, Parts, RowFunction
+from ._rows import How, Layer, Operands, Parts, RowFunction
 from ._targets import REDUCTIONS, Counted
 from .linear import as_multiplied, default_chunk_size
 from .logits import mean_over
@@ -45,14 +45,18 @@ class MappedRows(RowFunction):
         fn: A tensor, or a tuple of them, for the logits (K,) of a row, an element of each tensor
             that has rows, and all of the others.
         rows_in: Which tensors have rows.
-        results: How many tensors it returns.
+        number: How many tensors it returns.
         is_strict: Whether what it captures must not be differentiated.
     """
 
     fn: Callable[..., Any]
     rows_in: Mask
-    results: int = 1
+    number: int = 1
     is_strict: bool = False
+
+    @property
+    def results(self) -> int:
+        return self.number
 
     def __call__(self, logits: tuple[Tensor, ...], others: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The results (n, ...) for logits (n, K)."""
@@ -140,7 +144,7 @@ def _version(tensor: Any) -> int | None:
 def _captured_by(fn: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a function refers to, and modules' parameters, by their names."""
     if isinstance(fn, functools.partial):
-        values = {**dict(enumerate(fn.args)), **fn.keywords}
+        values: dict[Any, Any] = {**dict(enumerate(fn.args)), **fn.keywords}
         yield from _captured_by(fn.func)
     elif inspect.isfunction(fn) or inspect.ismethod(fn):
         found = inspect.getclosurevars(fn)
@@ -221,7 +225,7 @@ def _seen(
     with torch.enable_grad():
         like = replace(function, fn=fn)((logits,), row)
     (is_alone,) = are_alone
-    function = replace(function, results=len(like), is_strict=is_differentiated())
+    function = replace(function, number=len(like), is_strict=is_differentiated())
     if function.is_strict:
         function.refuse([value for value in like if is_moving(value)])
     return function, like, is_alone
