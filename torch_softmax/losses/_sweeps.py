@@ -394,15 +394,15 @@ def _add_changes(
         for i, head in enumerate(heads):
             h[i] = head.add(outs[i], block, second.logits[i], changes[i], h[i])
         if any(head.crosses for head in heads):
-            for i, gradient in enumerate(function.gradient(point, at)):
+            for i, by_z in enumerate(function.gradient(point, at)):
                 if heads[i].crosses:
                     out = outs[i]._replace(b=None)
-                    g[i] = heads[i].add(out, block, gradient, heads[i].z, g[i])
+                    g[i] = heads[i].add(out, block, by_z, heads[i].z, g[i])
         del at, point, second
-    for head, out, by_u, gradient in zip(heads, outs, h, g, strict=True):
-        head.pull_back(out, by_u)
-        if head.crosses and gradient is not None:
-            head.add_crossed(out, gradient)
+    for head, out, by_change, by_logits in zip(heads, outs, h, g, strict=True):
+        head.pull_back(out, by_change)
+        if head.crosses and by_logits is not None:
+            head.add_crossed(out, by_logits)
 
 
 def _add_slopes(
