@@ -156,7 +156,9 @@ def linear_cross_entropy(
         weight: A weight for each class, (C).
         reduction: 'mean' (over the weights of the targets that are not ignored), 'sum' or 'none'.
         ignore_index: A class index whose rows add nothing to loss and gradient, whatever they
-            hold; None stands for -100, and is what class probabilities require.
+            hold; None stands for -100, and is what class probabilities require. These rows are not
+            multiplied: on a GPU, a call with class indices waits once for their number, except
+            while a CUDA graph is captured.
         label_smoothing: The share of the target, in [0, 1], that is spread evenly over all classes.
         chunk_size: The rows whose logits are held at a time. It changes speed and memory, not the
             result. None stands for as many as give 2²⁴ logits, but at least 512.
@@ -168,8 +170,9 @@ def linear_cross_entropy(
         logit_scale: What the logits are multiplied with first.
         z_loss: ζ, at least 0, which adds ζ (log Σ_k e^{z_k})² to the loss of each row that counts.
         row_weight: What the loss of each row is multiplied with, of the shape of the class indices
-            and a floating-point dtype. It gets a gradient where it requires one. A mean still
-            divides by the weights of the targets, or by `count`.
+            and a floating-point dtype. It gets a gradient where it requires one; otherwise rows of
+            weight 0 are not multiplied. A mean still divides by the weights of the targets, or by
+            `count`.
         count: What a mean divides by in place of these weights, a number or a tensor (), which is
             never waited for: micro-batches and ranks that share one add up to one mean. The mean
             over a count of 0 is 0, and so is its gradient.
@@ -250,7 +253,7 @@ def linear_log_prob(
         softcap: c, above 0, which the logits are kept within by c tanh(z / c), after their scale.
         logit_scale: What the logits are multiplied with first; 1 / temperature of a sampler.
         ignore_index: A class index whose rows have 0, 0, 0 and False, and gradient 0, whatever
-            they hold.
+            they hold. They are not multiplied; on a GPU, a call waits once for their number.
         chunk_size: The rows whose logits are held at a time; None for as many as give 2²⁴ logits,
             but at least 512.
         dtype: The dtype of the logits and of what is returned; None for float32 (float64 for
@@ -329,8 +332,8 @@ def linear_distillation(
         linear_bias: The student's b, (C).
         teacher_bias: The teacher's b, (C).
         reduction: 'mean' (over the rows that count), 'sum' or 'none'.
-        mask: Which rows count, a bool (...); the others add nothing, whatever they hold. None for
-            all of them.
+        mask: Which rows count, a bool (...); the others are not multiplied and add nothing,
+            whatever they hold. On a GPU a call waits once for their number. None for all of them.
         chunk_size: The rows whose logits are held at a time; None for as many as give 2²⁴ logits
             of either, but at least 512.
         dtype: The dtype of the logits and of the divergence; None for float32 (float64 for
