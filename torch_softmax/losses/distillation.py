@@ -36,18 +36,26 @@ DIVERGENCES = ("forward", "reverse", "jsd")
 
 
 class _Side(NamedTuple):
-    """One of the two distributions of some rows; or how its parts change along directions."""
+    """One of the two distributions of some rows, (n, K) each."""
 
-    log: Tensor  # log p, (n, K)
+    log: Tensor  # log p
     p: Tensor
-    ratio: Tensor  # ρ, the logarithm of p over what it is compared with; finite where p is 0
+    ratio: Tensor  # ρ, the logarithm of p over what it is compared with; 0 where p is 0
 
+    def product(self) -> Tensor:
+        """J ρ."""
+        return self.p * (self.ratio - (self.p * self.ratio).sum(1, keepdim=True))
 
-class _Pair(NamedTuple):
-    """What is known of some rows: the distributions of student and teacher."""
+    def moved_log(self, u: Tensor) -> Tensor:
+        """How log p changes along u, (n, M, K)."""
+        return u - (self.p.unsqueeze(1) * u).sum(2, keepdim=True)
 
-    student: _Side
-    teacher: _Side
+    def moved_product(self, of_log: Tensor, of_ratio: Tensor) -> Tensor:
+        """How J ρ changes where log p and ρ do, (n, M, K)."""
+        p, ratio = self.p.unsqueeze(1), self.ratio.unsqueeze(1)
+        of_p = p * of_log
+        of_mean = (of_p * ratio + p * of_ratio).sum(2, keepdim=True)
+        return of_p * (ratio - (p * ratio).sum(2, keepdim=True)) + p * (of_ratio - of_mean)
 
 
 @named_in_operators
@@ -63,14 +71,18 @@ class Divergence(RowFunction):
     temperature: float = 1.0
 
     def told(self) -> tuple[list[str], list[float]]:
-        """The name, β and T."""
         return [self.divergence], [self.beta, self.temperature]
 
     @classmethod
     def from_told(cls, words: list[str], numbers: list[float]) -> "Divergence":
-        """The divergence of this name, β and T."""
         (divergence,), (beta, temperature) = words, numbers
         return Divergence(divergence, beta, temperature)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """What the KL of the student's q counts for, and that of the teacher's p."""
+        only = {"forward": (0.0, 1.0), "reverse": (1.0, 0.0)}
+        return only.get(self.divergence, (1 - self.beta, self.beta))
 
     def __call__(self, logits: tuple[Tensor, ...], others: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The divergence (n,) by its definition."""
@@ -84,118 +96,74 @@ class Divergence(RowFunction):
             value = self.beta * kl(log_p, log_m) + (1 - self.beta) * kl(log_q, log_m)
         return (self.temperature**2 * value,)
 
+    def point(self, at: Parts) -> tuple[_Side, ...]:
+        """Both distributions, each compared with the other or with m."""
+        logs = [torch.log_softmax(z / self.temperature, 1) for z in at.logits]
+        if self.divergence == "jsd":
+            others = [log_mean(logs[1], logs[0], self.beta)] * 2
+        else:
+            others = logs[::-1]
+        return tuple(
+            _Side(log, log.exp(), (log - other).masked_fill(log == -torch.inf, 0))
+            for log, other in zip(logs, others, strict=True)
+        )
+
     def first(self, at: Parts, needed: Parts) -> Parts:
         """The divergence and its gradients by hand."""
-        pair = self.point(at)
-        values: tuple[Tensor, ...] = ()
+        sides, values = self.point(at), tuple[Tensor, ...]()
         if all(needed.results):
-            terms = zip(pair, self._shares(), strict=True)
-            shared = [share * (side.p * side.ratio).sum(1) for side, share in terms if share]
-            values = (self.temperature**2 * torch.stack(shared).sum(0),)
-        if not any(needed.logits):
-            return Parts((None, None), (), values)
-        return Parts(self._gradients(pair, at, needed.logits), (), values)
+            pairs = zip(sides, self.shares, strict=True)
+            terms = [share * (side.p * side.ratio).sum(1) for side, share in pairs if share]
+            values = (self.temperature**2 * torch.stack(terms).sum(0),)
+        return Parts(self._gradients(sides, at, needed.logits), (), values)
 
-    def point(self, at: Parts) -> _Pair:
-        """Both distributions."""
-        log_q, log_p = (torch.log_softmax(z / self.temperature, 1) for z in at.logits)
-        of_q, of_p = log_p, log_q
-        if self.divergence == "jsd":
-            of_q = of_p = log_mean(log_p, log_q, self.beta)
-        return _Pair(_side(log_q, of_q), _side(log_p, of_p))
-
-    def second(self, point: _Pair, at: Parts, along: Parts, needed: Mask) -> Parts:
-        """The changes by hand."""
-        moved = [
-            _moved_side(side, u / self.temperature)
-            for side, u in zip(point, along.logits, strict=True)
-        ]
-        of_q, of_p = moved[1].log, moved[0].log
-        if self.divergence == "jsd":
-            of_q = of_p = self._moved_mean(point, moved[0].log, moved[1].log)
-        changes = _Pair(
-            moved[0]._replace(ratio=moved[0].log - of_q),
-            moved[1]._replace(ratio=moved[1].log - of_p),
-        )
-        (factor,), (change_of_factor,) = at.results, along.results
-        slopes = self._slopes(point)
-        by_logits = []
-        for i, share in enumerate(self._shares()):
-            side, change = point[i], changes[i]
-            if share:
-                h = share * _moved_product(side, change)
-            else:
-                other = changes[1 - i]
-                h = change.p - other.p
-            h = self.temperature * h * per_row(factor, h)
-            g = slopes[i].unsqueeze(1)
-            by_logits.append(h + g * per_row(change_of_factor, g))
-        values = sum(
-            (slope.unsqueeze(1) * u).sum(2) for slope, u in zip(slopes, along.logits, strict=True)
-        )
-        return Parts(tuple(by_logits), (), (values,) if all(needed) else ())
-
-    def gradient(self, point: _Pair, at: Parts) -> tuple[Tensor, ...]:
+    def gradient(self, point: tuple[_Side, ...], at: Parts) -> tuple[Any, ...]:
         """The gradients by the logits of student and teacher."""
         return self._gradients(point, at, (True, True))
 
-    def _gradients(self, pair: _Pair, at: Parts, needed: Mask) -> tuple[Any, ...]:
-        (factor,) = at.results
-        slopes = self._slopes(pair, needed)
-        return tuple(None if g is None else g.mul_(per_row(factor, g)) for g in slopes)
+    def _gradients(self, sides: tuple[_Side, ...], at: Parts, needed: Mask) -> tuple[Any, ...]:
+        """The gradients by the logits that are needed, for the factor of each row."""
 
-    def _shares(self) -> tuple[float, float]:
-        """What KL of the student's q, and of the teacher's p, count for in the divergence."""
-        return {"forward": (0.0, 1.0), "reverse": (1.0, 0.0)}.get(
-            self.divergence, (1 - self.beta, self.beta)
-        )
+        def slope(side: _Side, other: _Side, share: float) -> Tensor:
+            by_logits = share * side.product() if share else side.p - other.p
+            (factor,) = at.results
+            return self.temperature * by_logits * per_row(factor, by_logits)
 
-    def _slopes(self, pair: _Pair, needed: Mask = (True, True)) -> tuple[Any, ...]:
-        """The gradients of the divergence alone, (n, K)."""
-
-        def slope(i: int, share: float) -> Tensor:
-            side, other = pair[i], pair[1 - i]
-            by_logits = share * _product(side) if share else side.p - other.p
-            return self.temperature * by_logits
-
+        triples = zip(sides, sides[::-1], self.shares, strict=True)
         return tuple(
-            slope(i, share) if needed[i] else None for i, share in enumerate(self._shares())
+            slope(*triple) if wanted else None
+            for triple, wanted in zip(triples, needed, strict=True)
         )
 
-    def _moved_mean(self, pair: _Pair, of_q: Tensor, of_p: Tensor) -> Tensor:
-        """The change of log m, β p/m ∘ δlog p + (1 − β) q/m ∘ δlog q."""
-        q_over_m, p_over_m = (_over(side).unsqueeze(1) for side in pair)
-        return self.beta * p_over_m * of_p + (1 - self.beta) * q_over_m * of_q
+    def second(self, point: tuple[_Side, ...], at: Parts, along: Parts, needed: Mask) -> Parts:
+        """The changes by hand."""
+        pairs = zip(point, along.logits, strict=True)
+        of_logs = [side.moved_log(u / self.temperature) for side, u in pairs]
+        of_ps = [side.p.unsqueeze(1) * v for side, v in zip(point, of_logs, strict=True)]
+        of_others = of_logs[::-1]
+        if self.divergence == "jsd":  # log m changes by Σ share p/m ∘ δlog p
+            triples = zip(point, of_logs, self.shares, strict=True)
+            parts = [share * _over(side) * of_log for side, of_log, share in triples]
+            of_others = [torch.stack(parts).sum(0)] * 2
+        (factor,), (moved_factor,) = at.results, along.results
+        alone = self._gradients(point, at._replace(results=(1.0,)), (True, True))
 
+        def change(i: int, share: float) -> Tensor:
+            if share:
+                h = share * point[i].moved_product(of_logs[i], of_logs[i] - of_others[i])
+            else:
+                h = of_ps[i] - of_ps[1 - i]
+            g: Tensor = alone[i].unsqueeze(1)
+            return self.temperature * h * per_row(factor, h) + g * per_row(moved_factor, h)
 
-def _side(log_p: Tensor, log_other: Tensor) -> _Side:
-    ratio = (log_p - log_other).masked_fill_(log_p == -torch.inf, 0)
-    return _Side(log_p, log_p.exp(), ratio)
+        by_logits = tuple(change(i, share) for i, share in enumerate(self.shares))
+        slope = sum((g.unsqueeze(1) * u).sum(2) for g, u in zip(alone, along.logits, strict=True))
+        return Parts(by_logits, (), (slope,) if all(needed) else ())
 
 
 def _over(side: _Side) -> Tensor:
-    """The quotient p / m, 0 where p is 0."""
-    return side.ratio.exp().masked_fill_(side.log == -torch.inf, 0)
-
-
-def _product(side: _Side) -> Tensor:
-    """J ρ, (n, K)."""
-    return side.p * (side.ratio - (side.p * side.ratio).sum(1, keepdim=True))
-
-
-def _moved_side(side: _Side, u: Tensor) -> _Side:
-    """How log p and p change along u (n, M, K)."""
-    p = side.p.unsqueeze(1)
-    of_log = u - (p * u).sum(2, keepdim=True)
-    return _Side(of_log, p * of_log, of_log)
-
-
-def _moved_product(side: _Side, change: _Side) -> Tensor:
-    """How J ρ changes, (n, M, K)."""
-    p, ratio = side.p.unsqueeze(1), side.ratio.unsqueeze(1)
-    centred = ratio - (p * ratio).sum(2, keepdim=True)
-    of_mean = (change.p * ratio + p * change.ratio).sum(2, keepdim=True)
-    return change.p * centred + p * (change.ratio - of_mean)
+    """The quotient p / m, (n, 1, K), 0 where p is 0."""
+    return side.ratio.exp().masked_fill(side.log == -torch.inf, 0).unsqueeze(1)
 
 
 def divergence_of(divergence: str, beta: object, temperature: object) -> Divergence:
