@@ -123,9 +123,6 @@ class Work:
 
     def add_results(self, results: list[Tensor], values: tuple[Tensor, ...], rows: Rows) -> None:
         """Write the results of some rows among the results of all rows."""
-        if not results and isinstance(rows, slice) and rows.stop - rows.start >= self.count:
-            results += values
-            return
         # Made once: small tensors that stay between large ones that go would break up the heap.
         if not results:
             results += [empty_rows(self.count, value, self.index) for value in values]
