@@ -15,7 +15,6 @@ and in the gradient of 'jsd' what is by m adds up to 0: it is T β J (log p − 
 z.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +24,11 @@ from torch import Tensor
 from .. import _checks as checks
 from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype, widest
 from ._formulas import per_row
-from ._operators import named_in_operators, results_of, sum_of
+from ._operators import named_in_operators
 from ._rows import How, Layer, Operands, Parts, RowFunction
 from ._targets import REDUCTIONS, Counted
 from .linear import as_multiplied, default_chunk_size
-from .logits import mean_over
+from .logits import rows_or_total
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -142,22 +141,18 @@ def linear_distillation(
     shape = student.x.shape[:-1]
     layers = (as_multiplied(student), as_multiplied(teacher))
     counted = Counted.of(None if mask is None else mask.flatten())
-    count = math.prod(shape)
     products = widest(*(product_dtype(*layer) for layer in (student, teacher)))
     returned = dtype or accumulation_dtype(products)
     logits = widest(products, returned)
     classes, features = student.W.shape
     step = chunk_size or default_chunk_size(classes, features, student.x.device)
     how = How(step, accumulation_dtype(logits), logits)
+    operands = Operands(layers, ())
     with outside_autocast(student.x):
-        if reduction == "none":
-            (divergences,) = results_of(function, how, Operands(layers, ()), counted)
-            return cast(counted.read_zeros(divergences), returned).reshape(shape)
-        factors = (None if counted.mask is None else counted.mask.to(how.dtype),)
-        total = sum_of(function, how, Operands(layers, ()), factors, counted)
-    if reduction == "mean":
-        total = mean_over(total, counted.number(count))
-    return cast(total, returned)
+        (result,) = rows_or_total(
+            function, how, operands, counted, reduction, tuple(shape), is_number=True
+        )
+    return cast(result, returned)
 
 
 def _check(student: Layer, teacher: Layer, reduction: str, mask: Tensor | None) -> None:

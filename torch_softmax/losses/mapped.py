@@ -18,12 +18,11 @@ from torch import Tensor
 from .. import _checks as checks
 from .._transforms import is_batched, is_differentiated, is_moving
 from ._autograd import Mask, Tensors, captured_leaves, detached, merge, pulled_back, select, split
-from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype, sum_dtype
-from ._operators import results_of, sum_of
+from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype
 from ._rows import How, Layer, Operands, Parts, RowFunction
 from ._targets import REDUCTIONS, Counted
 from .linear import as_multiplied, default_chunk_size
-from .logits import mean_over
+from .logits import rows_or_total
 
 # What torch's errors say of a function that can't be mapped, and what it may do instead.
 _ADVICE = {
@@ -204,17 +203,14 @@ def map_logits(
     rows_in = (True,) * len(rows) + (False,) * len(shared)
     with outside_autocast(layer.x):
         function, like, is_alone = _seen(MappedRows(fn, rows_in), operands, dtype)
-        if reduction == "none":
-            values = results_of(function, how, operands, counted)
-            results = [counted.read_zeros(v).reshape(*shape, *v.shape[1:]) for v in values]
-        else:
-            results = _reduced(function, how, operands, counted, like)
-            if reduction == "mean":
-                number = counted.number(count)
-                results = [mean_over(result, number) for result in results]
-            pairs = zip(results, like, strict=True)
-            # A sum of integers is an integer, and a mean of them is a float, as torch has it.
-            results = [cast(r, v.dtype) if v.is_floating_point() else r for r, v in pairs]
+        first, *_ = like
+        is_number = len(like) == 1 and first.dim() == 1 and first.is_floating_point()
+        results = rows_or_total(
+            function, how, operands, counted, reduction, shape, is_number=is_number
+        )
+        # A sum of integers is an integer, and a mean of them is a float, as torch has it.
+        pairs = zip(results, like, strict=True)
+        results = [cast(r, v.dtype) if v.is_floating_point() else r for r, v in pairs]
     return results[0] if is_alone else tuple(results)
 
 
@@ -258,24 +254,6 @@ def _seen(
         ]
     )
     return function, like, is_alone
-
-
-def _reduced(
-    function: MappedRows,
-    how: How,
-    operands: Operands,
-    counted: Counted,
-    like: tuple[Tensor, ...],
-) -> list[Tensor]:
-    """The sum of each result over the rows that count."""
-    first, *more = like
-    if not more and first.dim() == 1 and first.is_floating_point():
-        factors = (None if counted.mask is None else counted.mask.to(first.dtype),)
-        return [sum_of(function, how, operands, factors, counted)]
-    return [
-        counted.read_zeros(counted.select(values)).sum(0, dtype=sum_dtype(values))
-        for values in results_of(function, how, operands, counted)
-    ]
 
 
 def _check(
