@@ -16,9 +16,8 @@ from torch.nn.utils import parametrizations
 
 from tests.distributed.world import RankError, World, needs_fsdp_on_cpu
 from tests.helpers import NewTensors, assert_same, errors
-from torch_softmax.causal_lm import _probe, _scale_and_cap, call_without_logits
-from torch_softmax.losses._capped import changed
-from torch_softmax.losses._targets import LogitOptions
+from torch_softmax.causal_lm import call_without_logits
+from torch_softmax.functional import linear_cross_entropy
 
 BATCH, LENGTH, WIDTH, CLASSES, CHUNK = 3, 11, 4, 37, 5
 
@@ -119,9 +118,18 @@ CHANGES = {
     ("scale", "cap"), [(1.0, None), (0.0625, None), (1.0, 30.0), (1.0, 7.0), (1.0, 0.1)]
 )
 def test_scale_and_cap_come_back_to_the_last_digit(scale, cap, dtype):
-    probe = _probe(CLASSES)
-    made = changed(probe.to(dtype), LogitOptions(cap, scale))
-    assert _scale_and_cap(probe, made) == (scale, cap and torch.tensor(cap, dtype=dtype).item())
+    model = Model(lambda z: z * scale if cap is None else capped(cap, z * scale), dtype=dtype)
+    ids, labels = tokens()
+    loss = linear_cross_entropy(
+        model.hidden(ids),
+        model.lm_head.weight,
+        F.pad(labels, (0, 1), value=-100)[..., 1:],
+        chunk_size=CHUNK,
+        softcap=cap,
+        logit_scale=scale,
+    )
+    ours = loss_and_gradients(model, without_logits(model, ids, labels).loss)
+    torch.testing.assert_close(ours, loss_and_gradients(model, loss), rtol=0, atol=0)
 
 
 every_cap = pytest.mark.parametrize(
@@ -483,8 +491,8 @@ def test_logits_that_are_more_than_scaled_and_capped_are_refused(changed):
 
 
 def test_a_single_class_tells_no_scale_and_is_refused():
-    with pytest.raises(TypeError, match="model must do nothing to its logits but"):
-        _scale_and_cap(_probe(1), _probe(1))
+    model = with_head(lambda head: nn.Linear(WIDTH, 1))
+    refused(model, "model must do nothing to its logits but")
 
 
 class Beside(Model):

@@ -1,525 +1,432 @@
-"""The mutants: each a function of the package with something in it gone wrong.
+"""The mutants: functions and lines of the package with something in them gone wrong.
 
     python -m scripts.check.mutants "gradient: drop the − y" tests/losses/test_logits.py
 
-runs tests with one of them in the place of the function.
+runs tests with a mutant in the place of its function, whatever stands in the body. Where a line
+within a function is meant, a text is replaced in a copy of the package.
 """
 
+import copy
+import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cached_property, reduce
+from importlib import import_module
+from math import log, nan
+from operator import invert, mul, neg
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from torch_softmax.losses import (
-    _autograd,
-    _capped,
-    _chunked,
-    _cross_entropy,
-    _formulas,
-    _small,
-    _sweeps,
-    _targets,
-    distillation,
-    log_prob,
-)
-from torch_softmax.losses._formulas import Numbers, Target, times
-from torch_softmax.mnist import training
-from torch_softmax.optim import _objective
-
 Function = Any  # each has a signature of its own
+Change = Callable[[Function], Function]
 
 
 class Mutant(NamedTuple):
-    """A function by its name in a module or a class, and what makes another one of it."""
+    """A function by its name in a file of the package, and what makes another one of it."""
 
     name: str
-    owner: Any
+    file: str
     function: str
-    change: Callable[[Function], Function]
+    change: Change
 
-    @property
-    def file(self) -> str:
-        """The file of the package that the function is defined in."""
-        _, *path = getattr(self.owner, self.function).__module__.split(".")
-        return "/".join(path) + ".py"
+    def place(self) -> tuple[Any, str]:
+        """The module or class that has the function, and the function's name there."""
+        module = import_module(f"torch_softmax/{self.file}".removesuffix(".py").replace("/", "."))
+        *classes, name = self.function.split(".")
+        return reduce(getattr, classes, module), name
 
     def take_its_place(self) -> None:
         """Put it in the place of the function, wherever the package knows that by a name."""
-        original = getattr(self.owner, self.function)
+        owner, name = self.place()
+        original = vars(owner)[name]
+        if isinstance(original, cached_property):
+            setattr(owner, name, property(self.change(original.func)))
+            return
         mutant = self.change(original)
-        setattr(self.owner, self.function, mutant)
-        for name, module in list(sys.modules.items()):
-            if name.startswith("torch_softmax"):
+        setattr(owner, name, mutant)
+        for imported, module in list(sys.modules.items()):
+            if imported.startswith("torch_softmax"):
                 for known, value in list(vars(module).items()):
                     if value is original:
                         setattr(module, known, mutant)
 
 
-def mutants(owner: Any, *changes: tuple[str, str, Callable[[Function], Function]]) -> list[Mutant]:
-    """The mutants of the functions of a module or a class."""
-    return [Mutant(name, owner, function, change) for name, function, change in changes]
+class Text(NamedTuple):
+    """A text that occurs once in a file of the package, and what to put in its place."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+    def apply(self, package: Path) -> None:
+        """Change a copy of the package.
+
+        Raises:
+            ValueError: The old text does not occur exactly once.
+        """
+        path = package / self.file
+        source = path.read_text(encoding="utf-8")
+        if source.count(self.old) != 1:
+            raise ValueError(
+                f"mutation {self.name!r} must find its text once in {self.file}, "
+                f"found it {source.count(self.old)} times: {self.old!r}"
+            )
+        path.write_text(source.replace(self.old, self.new), encoding="utf-8")
 
 
-# What takes more than a line.
+# Ways to change a function. Any value becomes another one, or what a function makes of it, and a
+# name such as along__numbers__gap is a field within a field; in a tuple, a field of each element.
 
 
-def positive_gap(below: Function) -> Function:
-    """Take the label's logit for above the top."""
+def _put(value: Any, path: Sequence[str], by: Any) -> Any:
+    if not path:
+        return by(value) if callable(by) else by
+    if type(value) is tuple:
+        return tuple(_put(element, path, by) for element in value)
+    name, *deeper = path
+    new = _put(getattr(value, name), deeper, by)
+    if isinstance(value, tuple):
+        return value._replace(**{name: new})  # type: ignore[attr-defined]
+    other = copy.copy(value)
+    object.__setattr__(other, name, new)
+    return other
 
-    def mutant(self: Target, top: Any, z: torch.Tensor) -> Any:
-        return below(self, top, z) if self.is_dense() else -below(self, top, z)
 
-    return mutant
+def given(**changes: Any) -> Change:
+    """Give the function other arguments."""
+
+    def change(function: Function) -> Function:
+        signature = inspect.signature(function)
+
+        def mutant(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            for place, by in changes.items():
+                name, *path = place.split("__")
+                bound.arguments[name] = _put(bound.arguments[name], path, by)
+            return function(*bound.args, **bound.kwargs)
+
+        return mutant
+
+    return change
 
 
-def softmax_times_direction(hessian_product: Function) -> Function:
+def returning(by: Any, *path: str) -> Change:
+    """Return something else, or a result with another field."""
+    return lambda function: lambda *args, **kwargs: _put(function(*args, **kwargs), path, by)
+
+
+def as_given(field: str, **changes: Any) -> Change:
+    """Return a field as it is for other arguments, and the others as they are."""
+
+    def change(function: Function) -> Function:
+        other = given(**changes)(function)
+
+        def mutant(*args: Any, **kwargs: Any) -> Any:
+            new = getattr(other(*args, **kwargs), field)
+            return function(*args, **kwargs)._replace(**{field: new})
+
+        return mutant
+
+    return change
+
+
+def zero(value: Any) -> Any:
+    """0 for each number."""
+    return None if value is None else value * 0
+
+
+def half(value: Any) -> Any:
+    """Half of each number."""
+    return value / 2
+
+
+def sum_for_mean(reduction: str) -> str:
+    """'sum' for 'mean'."""
+    return "sum" if reduction == "mean" else reduction
+
+
+def without_mean(second_order: Function) -> Function:
     """S ∘ u for S ∘ (u − S · u)."""
 
-    def mutant(point: Any, change: Any, across: Any) -> Any:
-        result = hessian_product(point, change, across)
-        mean = (point.softmax * change.u).sum(1, keepdim=True)
-        return result._replace(by_z=result.by_z + times(point.softmax * mean, point.factors.s))
+    def mutant(row: Any, factors: Any, along: Any, asked: Any) -> Any:
+        change = second_order(row, factors, along, asked)
+        S, s = row.softmax.unsqueeze(1), torch.as_tensor(factors.log_sum).view(-1, 1, 1)
+        return change._replace(z=change.z + s * S * (S * along.z).sum(2, keepdim=True))
 
     return mutant
 
 
-def unmoved_target_in_gradient(hessian_product: Function) -> Function:
-    """Forget that S − y changes where y does."""
-
-    def mutant(point: Any, change: Any, across: Any) -> Any:
-        result = hessian_product(point, change, across)
-        if change.dp is None:
-            return result
-        dy = point.y.push_forward(change.dp.to(point.z.dtype))
-        return result._replace(by_z=result.by_z + times(dy, point.factors.t))
-
-    return mutant
-
-
-def unmoved_target_in_slope(hessian_product: Function) -> Function:
-    """Forget that the gap changes where y does."""
-
-    def mutant(point: Any, change: Any, across: Any) -> Any:
-        result = hessian_product(point, change, across)
-        if change.dp is None:
-            return result
-        still = hessian_product(point, change._replace(dp=None), across)
-        return result._replace(by_factors=still.by_factors)
-
-    return mutant
-
-
-def unweighted_slope_of_target(hessian_product: Function) -> Function:
-    """Forget t in how ∂T/∂p changes."""
-
-    def mutant(point: Any, change: Any, across: Any) -> Any:
-        result = hessian_product(point, change, across)
-        one = point._replace(factors=point.factors._replace(t=None))
-        return result._replace(by_p=hessian_product(one, change, across).by_p)
-
-    return mutant
-
-
-def capped_and_then_scaled(z: Any, options: Any) -> Any:
-    """The cap and the scale the other way round."""
-    cap = options.softcap
-    return (z if cap is None else torch.tanh(z / cap) * cap) * options.logit_scale
-
-
-def negative_entropy(row_log_probs: Function) -> Function:
-    """An entropy below 0."""
-
-    def mutant(*given: Any) -> Any:
-        log_prob, entropy, *others = row_log_probs(*given)
-        return log_prob, -entropy, *others
-
-    return mutant
-
-
-def no_ragged_chunk(_: Function) -> Function:
-    """Leave out a last chunk that is smaller than the others."""
-
-    def mutant(rows: int, step: int) -> Iterator[slice]:
-        for start in range(0, max(1, rows - (rows % step if rows > step else 0)), step):
-            yield slice(start, min(start + step, rows))
-
-    return mutant
-
-
-def last_chunk_alone(add_product: Function) -> Function:
-    """Forget the sum over the chunks before."""
-
-    def mutant(total: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> None:
-        add_product(total.zero_(), g, x)
-
-    return mutant
-
-
-@contextmanager
-def saved_alone(ctx: Any) -> Iterator[Any]:
-    """Leave forward mode as PyTorch leaves it to a jvp: switched off."""
-    yield ctx.saved_tensors
-
-
-def uphill(batch_update: Function) -> Function:
-    """Go up where the loss rises."""
-
-    def mutant(model: torch.nn.Linear, *args: Any, **options: Any) -> Any:
-        before = [parameter.detach().clone() for parameter in model.parameters()]
-        loss = batch_update(model, *args, **options)
-        with torch.no_grad():
-            for parameter, start in zip(model.parameters(), before, strict=True):
-                parameter.copy_(2 * start - parameter)
-        return loss
-
-    return mutant
-
-
-def decay_of_the_wrong_sign(batch_update: Function) -> Function:
-    """Let the weights grow."""
-
-    def mutant(
-        model: Any, input: Any, target: Any, lr: float, weight_decay: float = 0.0, *rest: Any
-    ) -> Any:
-        before = model.weight.detach().clone()
-        loss = batch_update(model, input, target, lr, weight_decay, *rest)
-        with torch.no_grad():
-            model.weight.add_(before, alpha=2 * lr * weight_decay)
-        return loss
-
-    return mutant
-
-
-MUTANTS = [
-    *mutants(
-        _formulas,
+# Of each file: the name of a mutant, a function and its change, or a text and what takes its place.
+CHANGES: dict[str, list[tuple[str, str, Change | str]]] = {
+    "functional.py": [
+        ("softmax: forget the dtype", "softmax", given(dtype=None)),
+        ("linear: forget the chunk size", "linear_cross_entropy", given(chunk_size=None)),
+        ("log-prob: entropy of the wrong sign", "linear_log_prob", returning(neg, "entropy")),
+        ("log-prob: correct for wrong", "linear_log_prob", returning(invert, "correct")),
+        ("log-prob: forget the cap", "linear_log_prob", given(softcap=None)),
+        ("log-prob: forget the scale", "linear_log_prob", given(logit_scale=1.0)),
+        ("log-prob: forget the dtype", "linear_log_prob", given(dtype=None)),
+        ("log-prob: forget the ignored index", "linear_log_prob", given(ignore_index=-100)),
+        ("log-prob: entropy that nobody asked for", "linear_log_prob", given(entropy=True)),
+        ("distillation: forget the mask", "linear_distillation", given(mask=None)),
+        ("distillation: forget the dtype", "linear_distillation", given(dtype=None)),
+        ("distillation: no mean", "linear_distillation", given(reduction=sum_for_mean)),
+        ("map: forget the mask", "map_logits", given(mask=None)),
+        ("map: forget the chunk size", "map_logits", given(chunk_size=None)),
+        ("map: no mean", "map_logits", given(reduction=sum_for_mean)),
+    ],
+    "losses/_formulas.py": [
         ("Jacobian: S_i δ_ij alone", "jacobian_product", lambda f: lambda S, u, dim: S * u),
-        ("Jacobian: swap the δ", "jacobian_product", lambda f: lambda *args: -f(*args)),
+        ("Jacobian: swap the δ", "jacobian_product", returning(neg)),
+        ("definition: forget the logarithm", "row_numbers", returning(torch.exp, "log_sum")),
+        ("definition: no mean gap", "row_numbers", returning(zero, "mean_gap")),
+        ("loss: forget log Σ e^z", "Row.log_sum", returning(zero)),
+        ("logsumexp: forget the top", "Row.top", returning(zero)),
+        ("gap: 0 · ∞", "product", lambda f: mul),
+        ("gap: above the top", "Target.below", returning(neg)),
+        ("gap: forget the floor", "Target.below", given(self__floor=None)),
+        ("gap: forget the label's share", "Target.below", given(self__hot=None)),
+        ("correct: each of equal logits", "is_top", lambda f: lambda z, y, gap: (gap == 0).to(z)),
+        ("correct: a row of nan", "is_top", given(gap=torch.zeros_like)),
+        ("gradient: drop the − y", "Row.gradient", given(factors__gap=0.0)),
+        ("gradient: forget the factor s", "Row.gradient", given(factors__log_sum=1.0)),
+        ("gradient: forget the factor t", "Row.gradient", given(factors__gap=1.0)),
+        ("gradient: forget the label's share", "Target.subtract_from_", given(self__hot=None)),
+        ("gradient: forget the floor", "Target.subtract_from_", given(self__floor=None)),
+        ("entropy: half of its gradient", "Row.gradient", given(factors__mean_gap=half)),
+        ("entropy: forget mean_gap + 1", "Row.slopes", given(factors__mean_gap=0.0)),
+        ("z-loss: half of its gradient", "Row.slopes", given(factors__square=half)),
+        ("∂T/∂y: swap the sign", "Row.target_gradient", returning(neg)),
+        ("∂T/∂p: forget the factor t", "Row.target_gradient", given(t=1.0)),
+        ("∂T/∂p: forget the scale", "Row.target_gradient", given(self__y__scale=None)),
+        ("slope by p: forget the scale", "Target.scaled", lambda f: lambda self, dp: dp),
+        ("slope by p: forget the factor t", "second_order", as_given("p", factors__gap=1.0)),
+        ("slope: forget how y moves it", "second_order", as_given("numbers", along__p=None)),
+        ("slope: half for the z-loss", "second_order", returning(half, "numbers", "square")),
+        ("slope: half for the entropy", "second_order", returning(half, "numbers", "mean_gap")),
+        ("Hessian: S ∘ u alone", "second_order", without_mean),
+        ("Hessian: forget how y moves S − y", "second_order", as_given("z", along__p=None)),
+        ("Hessian: forget the factor s", "second_order", given(factors__log_sum=1.0)),
+        ("Hessian: forget the factor h", "second_order", given(factors__mean_gap=0.0)),
+        ("Hessian: forget the factor r", "second_order", given(factors__square=0.0)),
+        ("Hessian: forget a change of s", "second_order", given(along__numbers__log_sum=0.0)),
+        ("Hessian: forget a change of t", "second_order", given(along__numbers__gap=0.0)),
+        ("Hessian: forget a change of h", "second_order", given(along__numbers__mean_gap=0.0)),
+        ("Hessian: forget a change of r", "second_order", given(along__numbers__square=0.0)),
+    ],
+    "losses/_numbers.py": [
         (
-            "definition: no exponential",
-            "row_numbers",
-            lambda f: lambda z, y: f(z, y)._replace(log_sum=(z - z.amax(1, keepdim=True)).sum(1)),
+            "capped: cap before the scale",
+            "changed",
+            lambda f: lambda z, cap, scale, **more: f(z, abs(cap * scale), scale, **more),
         ),
-        (
-            "loss: forget log Σ e^z",
-            "softmax_and_numbers",
-            lambda f: (
-                lambda *args: f(*args)._replace(
-                    numbers=Numbers(0 * f(*args).numbers.log_sum, f(*args).numbers.gap)
-                )
-            ),
-        ),
-        ("gap: 0 · ∞", "product", lambda f: lambda factor, value: factor * value),
-        (
-            "gradient: drop the − y",
-            "gradient_",
-            lambda f: lambda S, y, factors: S.copy_(times(S, factors.s)),
-        ),
-        (
-            "gradient: forget the factor s",
-            "gradient_",
-            lambda f: lambda S, y, factors: f(S, y, factors._replace(s=None)),
-        ),
-        (
-            "gradient: forget the factor t",
-            "gradient_",
-            lambda f: lambda S, y, factors: f(S, y, factors._replace(t=None)),
-        ),
-        ("∂T/∂y: swap the sign", "target_gradient", lambda f: lambda *args: -f(*args)),
-        (
-            "∂T/∂p: forget the scale",
-            "target_gradient",
-            lambda f: lambda z, top, y, t: f(z, top, y._replace(scale=None), t),
-        ),
-        (
-            "∂T/∂p: forget the factor t",
-            "target_gradient",
-            lambda f: lambda z, top, y, t: f(z, top, y, None),
-        ),
-        ("Hessian: S ∘ u alone", "hessian_product", softmax_times_direction),
-        (
-            "Hessian: forget the factor s",
-            "hessian_product",
-            lambda f: (
-                lambda point, *rest: f(
-                    point._replace(factors=point.factors._replace(s=None)), *rest
-                )
-            ),
-        ),
-        (
-            "Hessian: forget a change of s",
-            "hessian_product",
-            lambda f: lambda point, change, across: f(point, change._replace(ds=None), across),
-        ),
-        (
-            "Hessian: forget a change of t",
-            "hessian_product",
-            lambda f: lambda point, change, across: f(point, change._replace(dt=None), across),
-        ),
-        ("Hessian: forget how y moves S − y", "hessian_product", unmoved_target_in_gradient),
-        ("slope: forget how y moves it", "hessian_product", unmoved_target_in_slope),
-        ("slope by p: forget the factor t", "hessian_product", unweighted_slope_of_target),
-    ),
-    *mutants(
-        Target,
-        ("gap: of the label above the top", "below", positive_gap),
-        (
-            "gap: forget the floor",
-            "below",
-            lambda f: lambda self, *args: f(self._replace(floor=None), *args),
-        ),
-        (
-            "gap: forget the label's share",
-            "below",
-            lambda f: lambda self, *args: f(self._replace(hot=None), *args),
-        ),
-        (
-            "gradient: forget the label's share",
-            "subtract_from_",
-            lambda f: lambda self, *args: f(self._replace(hot=None), *args),
-        ),
-        (
-            "gradient: forget the floor",
-            "subtract_from_",
-            lambda f: lambda self, *args: f(self._replace(floor=None), *args),
-        ),
-        ("slope by p: forget the scale", "push_forward", lambda f: lambda self, dp: dp),
-    ),
-    *mutants(
-        _targets,
-        (
-            "weight: ignore it in y",
-            "_of_labels",
-            lambda f: lambda *args: f(*args)._replace(y=f(*args).y._replace(hot=None)),
-        ),
+        ("capped: forget its slope", "Changed.times_slope", given(self__tanh=None)),
+        ("scaled: forget its slope", "Changed.times_slope", given(self__scale=1.0)),
+        ("capped: forget how its slope bends", "Changed.bend", returning(zero)),
+        ("capped: forget the scale in the bend", "Changed.bend", given(self__scale=1.0)),
+        ("capped: forget the cap in the bend", "Changed.bend", given(self__cap=1.0)),
+    ],
+    "losses/_targets.py": [
+        ("weight: ignore it in y", "fold", returning(None, "y", "hot")),
         (
             "weight: ignore it in the mass",
-            "_of_labels",
-            lambda f: lambda *args: f(*args)._replace(mass=None),
+            "fold",
+            returning(lambda terms: terms if terms.y.is_dense() else terms._replace(mass=None)),
         ),
         (
             "weight: ignore it in the mean",
-            "_of_labels",
-            lambda f: (
-                lambda label, keep, *rest: f(label, keep, *rest)._replace(
-                    divisor=len(label) if keep is None else keep.sum()
-                )
-            ),
+            "if hot is not None:\n        divisor",
+            "if 0:\n        _",
         ),
-        (
-            "smoothing of labels: keep all of y",
-            "_of_labels",
-            lambda f: (
-                lambda label, keep, weight, smoothing, *rest: f(
-                    label, keep, weight, smoothing, *rest
-                )._replace(
-                    y=f(label, keep, weight, smoothing, *rest).y._replace(
-                        hot=None if weight is None else weight[label]
-                    )
-                )
-            ),
-        ),
-        (
-            "smoothing: no floor in the mass",
-            "_of_probabilities",
-            lambda f: (
-                lambda *args: f(*args)._replace(
-                    mass=f(*args).mass - (0 if f(*args).y.floor is None else f(*args).y.floor.sum())
-                )
-            ),
-        ),
+        ("smoothing of labels: keep all of y", "else hot) * (1 - smoothing)", "else hot)"),
+        ("smoothing: no floor in the mass", "mass = mass + floor.sum()", "pass"),
         (
             "probabilities: no mass",
-            "_of_probabilities",
-            lambda f: lambda *args: f(*args)._replace(mass=None),
+            "fold",
+            returning(lambda terms: terms._replace(mass=None) if terms.y.is_dense() else terms),
+        ),
+        ("ignore_index: count the ignored", "keep.sum(dtype=dtype)", "len(label)"),
+        ("ignore_index: weigh the ignored", "hot if keep is None else hot * keep", "hot"),
+        ("row_weight: none", "Terms.with_rows", given(rows__weight=None)),
+        ("row_weight: a gradient that is left out", "if not is_moving(factor):", "if True:"),
+        ("row_weight: rows of 0 are read", "if not is_moving(factor):", "if False:"),
+        ("count: none", "Terms.with_rows", given(rows__divisor=None)),
+        ("count: a mean over 0 is nan", "Terms.with_rows", returning(nan, "mean_of_no_rows")),
+        ("left out: counted in a mean", "Counted.number", lambda f: lambda self, count: count),
+        ("left out: nan where a mask is", "Counted.read_zeros", lambda f: lambda self, rows: rows),
+        (
+            "left out: fn at rows of 0",
+            "Counted.read_others",
+            lambda f: lambda s, t: s.read_zeros(t),
         ),
         (
-            "ignore_index: count the ignored",
-            "_of_labels",
-            lambda f: (
-                lambda label, keep, weight, *rest: f(label, keep, weight, *rest)._replace(
-                    **({} if weight is not None else {"divisor": len(label)})
-                )
-            ),
+            "left out: results before the rest",
+            "Counted.restore",
+            given(self__index=lambda rows: None if rows is None else torch.arange(len(rows))),
+        ),
+        ("left out: multiplied all the same", "has_numbers", returning(False)),
+    ],
+    "losses/logits.py": [
+        ("forget the 1/B", "loss_of", given(terms__divisor=1)),
+        ("a mean of nothing is 0", "loss_of", given(terms__mean_of_no_rows=0.0)),
+        ("keep the ignored", "loss_of", given(terms__keep=None)),
+        ("forget the mass", "loss_of", given(terms__mass=None)),
+        ("forget the row weights", "loss_of", given(terms__factor=None)),
+        ("forget the z-loss", "loss_of", given(options__z_loss=0.0)),
+    ],
+    "losses/distillation.py": [
+        ("KL: the other way", "kl", lambda f: lambda log_p, log_q: f(log_q, log_p)),
+        ("KL: 0 · ∞", "kl", lambda f: lambda log_p, log_q: (log_p.exp() * (log_p - log_q)).sum(1)),
+        ("JSD: β for 1 − β", "log_mean", given(beta=lambda beta: 1 - beta)),
+        (
+            "JSD: nan where both are −∞",
+            "log_mean",
+            lambda f: lambda p, q, beta: torch.logaddexp(p + log(beta), q + log(1 - beta)),
+        ),
+        ("JSD: nan where one is −∞", ".masked_fill(log == -torch.inf, 0)", ""),
+        ("distillation: T for T²", "values = (self.temperature**2", "values = (self.temperature"),
+        ("distillation: T for T² in the definition", "**2 * value", " * value"),
+        ("distillation: the sides swapped", "Divergence.point", returning(lambda both: both[::-1])),
+        ("distillation Hessian: T = 1", "Divergence.second", given(self__temperature=1.0)),
+        ("distillation Hessian: forget the factor", "Divergence.second", given(at__results=(1.0,))),
+    ],
+    "losses/mapped.py": [
+        ("map: what is captured is no error", "MappedRows.refuse", returning(None)),
+        ("map: rows may draw noise", 'randomness="error"', 'randomness="different"'),
+        ("map: fn may write to its rows", "if versions != ", "if False and versions != "),
+    ],
+    "losses/_small.py": [
+        ("small: forget the 1/B", "small_loss", given(reduction=sum_for_mean)),
+        ("small: skip the bias", "small_loss", given(batch=lambda b: (*b[:2], None, b[3]))),
+        (
+            "small: forget smoothing, scale and z-loss",
+            "small_loss",
+            given(numbers=(-100, 0.0, 1.0, 0.0)),
+        ),
+        ("small: forget the other options", "small_loss", given(left_out=())),
+        ("small: forget the gradient from above", " or upstream.item() != 1", ""),
+        ("small: forget the 1/B of second derivatives", "1 / x.shape[0])", "1.0)"),
+    ],
+    "losses/_chunked.py": [
+        (
+            "chunks: drop a ragged last one",
+            "slices",
+            lambda f: lambda rows, step: f(rows - rows % step if rows > step else rows, step),
         ),
         (
-            "ignore_index: weigh the ignored",
-            "_of_labels",
-            lambda f: (
-                lambda label, keep, weight, *rest: f(label, keep, weight, *rest)._replace(
-                    **({} if weight is None else {"divisor": weight[label].sum()})
-                )
-            ),
+            "chunks: drop a ragged last one of an index",
+            "iter(index.split(step))",
+            "(part for part in index.split(step) if len(part) in (step, len(index)))",
         ),
-    ),
-    *mutants(
-        _cross_entropy,
+        ("chunks: sums of the last one alone", "result += part", "result.copy_(part)"),
+        ("left out: read all the same", "chunks_of_rows", given(index=None)),
+        ("total: forget the gradient from above", "scaled_", lambda f: lambda g, scale: g),
+        ("total: forget the factors", "sum_of_products", given(factors=lambda f: (None,) * len(f))),
         (
-            "forget the 1/B",
-            "loss_of",
-            lambda f: lambda inputs, terms, *rest: f(inputs, terms._replace(divisor=1), *rest),
+            "total: hand out what was taken twice",
+            "taken, ctx.taken = ctx.taken, None",
+            "taken = ctx.taken",
         ),
+    ],
+    "losses/_products.py": [
+        ("linear: skip the bias of many classes", "multiply", given(b=None)),
         (
-            "a mean of nothing is 0",
-            "loss_of",
-            lambda f: lambda inputs, terms, *rest: f(inputs, terms._replace(empty=None), *rest),
+            "linear: ∂L/∂W of the last chunk alone",
+            "add_pulled_to_classes_",
+            given(total=torch.zero_),
         ),
+        ("linear Hessian: no uW g", "add_pulled_to_rows_", lambda f: lambda *args: None),
+        ("linear Hessian: no ux Wᵀ", "add_multiplied_", lambda f: lambda out, x, W: out),
+    ],
+    "losses/_sweeps.py": [
+        ("linear Hessian: skip a change of x", "second_order", given(along__layers__x=None)),
+        ("linear Hessian: skip a change of W", "second_order", given(along__layers__W=None)),
+        ("linear Hessian: skip a change of b", "second_order", given(along__layers__b=None)),
         (
-            "keep the ignored",
-            "loss_of",
-            lambda f: (
-                lambda inputs, terms, *rest: f(
-                    inputs._replace(keep=None), terms._replace(keep=None), *rest
-                )
-            ),
+            "linear Hessian: no g uxᵀ",
+            "add_pulled_to_classes_(out.W, g, cut(ux, self.rows))",
+            "pass",
         ),
-        (
-            "forget the mass",
-            "loss_of",
-            lambda f: lambda inputs, terms, *rest: f(inputs, terms._replace(mass=None), *rest),
-        ),
-        (
-            "sum: forget the mass",
-            "_factors",
-            lambda f: lambda terms, how: f(terms._replace(mass=None), how),
-        ),
-        (
-            "sum: keep the ignored",
-            "_factors",
-            lambda f: lambda terms, how: f(terms._replace(keep=None), how),
-        ),
-    ),
-    *mutants(
-        _small,
-        (
-            "small: forget the 1/B",
-            "_total",
-            lambda f: lambda count, dtype, reduction, *more: f(count, dtype, "sum", *more),
-        ),
-        ("small: skip the bias", "_logits", lambda f: lambda x, W, b: f(x, W, None)),
-        (
-            "small: forget the 1/B of second derivatives",
-            "_factors",
-            lambda f: lambda x, reduction: None,
-        ),
-    ),
-    *mutants(
-        _chunked,
-        ("chunks: drop a ragged last one", "slices", no_ragged_chunk),
-        (
-            "total: forget the gradient from above",
-            "scaled_",
-            lambda f: lambda gradient, upstream: gradient,
-        ),
-        (
-            "total: forget the factors",
-            "sum_of_products",
-            lambda f: lambda results, factors: f(results, (None,) * len(results)),
-        ),
-    ),
-    *mutants(
-        _sweeps,
-        ("linear: ∂L/∂W of the last chunk alone", "add_pulled_to_classes_", last_chunk_alone),
-        (
-            "linear Hessian: skip a change of x",
-            "_change",
-            lambda f: lambda changes, here, u: f(changes, here, u._replace(x=None)),
-        ),
-        (
-            "linear Hessian: skip a change of b",
-            "_change",
-            lambda f: lambda changes, here, u: f(changes, here, u._replace(b=None)),
-        ),
-        ("an ignored row that holds nan", "kept", lambda f: lambda inputs: inputs.x),
-    ),
-    *mutants(
-        _sweeps.Logits,
+        ("many directions: what the first one does, for each", "u[group]", "u[: len(u[group])]"),
+        ("linear: ∂L/∂b of the last block alone", "b.add_(gradient", "b.copy_(gradient"),
+        ("linear: ∂L/∂z of one block alone", "to[block] = gradient", "pass"),
+        ("linear: ∂L/∂x over the first chunk's", "= out.x[self.rows] if", "= out.x[: len(g)] if"),
         (
             "linear: skip the bias of few classes",
-            "of",
-            lambda f: (
-                lambda self, x, W, b: f(
-                    self, x, W, None if W is not None and len(W) <= _sweeps.FEW_CLASSES else b
-                )
-            ),
+            "t() if b is None else torch",
+            "t() if True else torch",
         ),
+        ("map: a shared gradient of the last block alone", "total.add_(", "total.copy_("),
+    ],
+    "losses/_autograd.py": [
+        ("forward mode: off where it nests", "nested_forward_mode", lambda f: nullcontext),
+        ("inference mode: its tensors are saved", "savable", lambda f: lambda tensor: tensor),
         (
-            "linear: skip the bias of many classes",
-            "of",
-            lambda f: (
-                lambda self, x, W, b: f(
-                    self, x, W, None if W is not None and len(W) > _sweeps.FEW_CLASSES else b
-                )
-            ),
+            "inference mode: nothing is recorded",
+            "inference_mode(False), torch.enable_grad",
+            "enable_grad",
         ),
-    ),
-    *mutants(
-        _autograd,
-        ("forward mode: off where it nests", "nested_forward_mode", lambda f: saved_alone),
-    ),
-    *mutants(
-        _capped,
-        ("capped: cap before the scale", "changed", lambda f: capped_and_then_scaled),
-        (
-            "capped: forget the z-loss",
-            "row_losses",
-            lambda f: lambda options, *rest: f(options._replace(z_loss=0.0), *rest),
-        ),
-    ),
-    *mutants(
-        log_prob,
-        ("log-prob: entropy of the wrong sign", "row_log_probs", negative_entropy),
-    ),
-    *mutants(
-        distillation,
-        ("distillation: KL the other way", "kl", lambda f: lambda log_p, log_q: f(log_q, log_p)),
-        (
-            "distillation: β for 1 − β",
-            "log_mean",
-            lambda f: lambda log_p, log_q, beta: f(log_p, log_q, 1 - beta),
-        ),
-    ),
-    *mutants(
-        _objective.Objective,
-        (
-            "objective: forget the penalty",
-            "at",
-            lambda f: lambda self, v: f(self, v)._replace(value=f(self, v).loss),
-        ),
-        (
-            "objective: moments about 0",
-            "moments",
-            lambda f: lambda self: f(self)._replace(mean=torch.zeros(self.x.features)),
-        ),
-    ),
-    *mutants(
-        _objective.Hessian,
+        ("map: nothing is captured", "captured_leaves", returning([])),
+        ("gradients are always taken along", "may_take_gradients", returning(True)),
+    ],
+    "losses/_operators.py": [
+        ("sum: forget the mass", "sum_of", given(factors=lambda f: (None, *f[1:]))),
+        ("sum: forget the row weights", "sum_of", given(factors=lambda f: (f[0], None, *f[2:]))),
+        ("sum: keep the ignored", "sum_of", given(counted__index=None)),
+        ("compiled: forget the gradient from above", "g * upstream if w", "g if w"),
+        ("compiled: gradients without a graph", "torch.is_grad_enabled() or more", "more"),
+    ],
+    "losses/_dtypes.py": [("half precision is summed in half", "sum_dtype", returning(None))],
+    "_transforms.py": [("inference mode: func gives 0", "refuse_inference_mode", returning(None))],
+    "causal_lm.py": [("causal LM: a scale that is rounded", "scale = 1.0", "pass")],
+    "optim/_objective.py": [
+        ("objective: forget the penalty", "Objective.penalty", returning(0.0)),
+        ("objective: moments about 0", "Objective.moments", returning(zero, "mean")),
         (
             "objective: forget the penalty in H",
-            "__call__",
+            "Hessian.__call__",
             lambda f: lambda self, u: f(self, u) - self.objective.decay * u,
         ),
-    ),
-    *mutants(
-        training,
-        ("training: step uphill", "batch_update", uphill),
-        (
-            "training: forget the learning rate",
-            "batch_update",
-            lambda f: lambda model, x, y, lr, *rest, **more: f(model, x, y, 1.0, *rest, **more),
-        ),
-        ("training: decay the wrong way", "batch_update", decay_of_the_wrong_sign),
-    ),
+        ("newton: trials of half the length", "Line.value", given(length=half)),
+    ],
+    "optim/_hessian.py": [
+        ("hessian: forget what rows count", "Chunk.weighted", lambda f: lambda chunk, v, block: v),
+    ],
+    "curvature/_sweeps.py": [
+        ("curvature: a diagonal of x, not x²", "a, cast(chunk.x, S.dtype).square()", "a, chunk.x"),
+        ("curvature: a trace without the bias", "squares += 1", "pass"),
+    ],
+    "curvature/_solve.py": [
+        ("curvature: a residual as it is carried", "g - multiply(u)", "torch.zeros_like(g)"),
+    ],
+    "curvature/laplace.py": [
+        ("curvature: variances of no prior", "predictive_variance", given(prior_precision=1.0)),
+    ],
+    "curvature/sampling.py": [("curvature: impossible labels", "right=True", "right=False")],
+    "mnist/training.py": [
+        ("training: step uphill", "parameter.sub_(gradient", "parameter.add_(gradient"),
+        ("training: forget the learning rate", "batch_update", given(lr=1.0)),
+        ("training: decay the wrong way", "gradient.add(parameter", "gradient.sub(parameter"),
+    ],
+}
+MUTATIONS = [
+    Text(name, file, old, new) if isinstance(new, str) else Mutant(name, file, old, new)
+    for file, changes in CHANGES.items()
+    for name, old, new in changes
 ]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run tests with a mutant, and return pytest's exit status."""
     name, *arguments = argv
-    (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
+    (mutant,) = (mutation for mutation in MUTATIONS if mutation.name == name)
+    assert isinstance(mutant, Mutant)
     mutant.take_its_place()
     return pytest.main(arguments)
 

@@ -17,194 +17,47 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from torch_softmax import _checks as checks
 from torch_softmax._command_line import Parser, run_command
 
-from .mutants import MUTANTS, Mutant
+from .mutants import MUTATIONS, Mutant, Text
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The tests to run for a mutation: those of the whole, which are fast, and then those of its room.
+# The tests to run for a mutation: those of its file, and then those of the whole.
 TESTS = ("tests/test_derivation.py", "tests/losses/test_properties.py", "tests/test_verify.py")
 TESTS_OF = {
-    "losses/_formulas.py": ["tests/losses/test_logits.py"],
-    "losses/_targets.py": ["tests/losses/test_logits.py"],
-    "losses/_cross_entropy.py": ["tests/losses/test_linear.py"],
-    "losses/_capped.py": ["tests/losses/test_extra.py", "tests/losses/test_by_hand.py"],
-    "losses/_mapped.py": ["tests/losses/test_mapped.py"],
-    "losses/log_prob.py": ["tests/losses/test_log_prob.py", "tests/losses/test_by_hand.py"],
-    "losses/distillation.py": ["tests/losses/test_distillation.py"],
-    "losses/_small.py": ["tests/losses/test_small.py"],
-    "losses/_chunked.py": ["tests/losses/test_linear.py"],
-    "losses/_products.py": ["tests/losses/test_linear.py", "tests/losses/test_promises.py"],
-    "losses/_sweeps.py": ["tests/losses/test_linear.py", "tests/losses/test_promises.py"],
-    "losses/_autograd.py": ["tests/losses/test_softmax.py", "tests/losses/test_small.py"],
-    "optim/_objective.py": ["tests/optim"],
-    "optim/_hessian.py": ["tests/curvature/test_hessian.py", "tests/optim"],
-    "curvature/_sweeps.py": ["tests/curvature/test_hessian.py"],
-    "losses/_many.py": ["tests/losses/test_many.py"],
-    "curvature/_solve.py": ["tests/curvature/test_solve.py"],
-    "curvature/laplace.py": ["tests/curvature/test_laplace.py"],
-    "curvature/sampling.py": ["tests/curvature/test_sampling.py"],
-    "mnist/training.py": ["tests/mnist/test_training.py"],
+    "functional.py": "losses/test_log_prob losses/test_distillation losses/test_mapped "
+    "losses/test_as_torch losses/test_softmax losses/test_linear_memory",
+    "losses/_formulas.py": "losses/test_row_functions losses/test_log_prob losses/test_logits "
+    "losses/test_extra",
+    "losses/_numbers.py": "losses/test_extra losses/test_log_prob losses/test_row_functions",
+    "losses/_targets.py": "losses/test_extra losses/test_left_out_rows losses/test_mapped "
+    "losses/test_logits losses/test_compiled",
+    "losses/logits.py": "losses/test_extra losses/test_logits losses/test_linear",
+    "losses/distillation.py": "losses/test_distillation losses/test_row_functions",
+    "losses/mapped.py": "losses/test_mapped",
+    "losses/_small.py": "losses/test_small",
+    "losses/_chunked.py": "losses/test_row_functions losses/test_left_out_rows losses/test_mapped "
+    "losses/test_promises losses/test_linear",
+    "losses/_products.py": "losses/test_row_functions losses/test_linear",
+    "losses/_sweeps.py": "losses/test_row_functions losses/test_many losses/test_mapped "
+    "losses/test_linear",
+    "losses/_autograd.py": "losses/test_softmax losses/test_small losses/test_mapped "
+    "losses/test_as_torch losses/test_promises",
+    "losses/_operators.py": "losses/test_extra losses/test_compiled losses/test_promises",
+    "losses/_dtypes.py": "losses/test_mapped losses/test_as_torch",
+    "_transforms.py": "losses/test_promises",
+    "causal_lm.py": "test_causal_lm",
+    "optim/_objective.py": "optim/test_objective optim/test_newton",
+    "optim/_hessian.py": "optim/test_objective curvature/test_hessian",
+    "curvature/_sweeps.py": "curvature/test_hessian",
+    "curvature/_solve.py": "curvature/test_solve",
+    "curvature/laplace.py": "curvature/test_laplace",
+    "curvature/sampling.py": "curvature/test_sampling",
+    "mnist/training.py": "mnist/test_training",
 }
-
-
-class Text(NamedTuple):
-    """A text of the package, which occurs once in its file, and what to put in its place."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-
-    def apply(self, package: Path) -> None:
-        """Change a copy of the package.
-
-        Raises:
-            ValueError: The old text does not occur exactly once.
-        """
-        path = package / self.file
-        source = path.read_text(encoding="utf-8")
-        if source.count(self.old) != 1:
-            raise ValueError(
-                f"mutation {self.name!r} must find its text once in {self.file}, "
-                f"found it {source.count(self.old)} times: {self.old!r}"
-            )
-        path.write_text(source.replace(self.old, self.new), encoding="utf-8")
-
-
-TEXTS = [
-    Text(
-        "chunks: sums of the last one alone",
-        "losses/_chunked.py",
-        "result += part",
-        "result.copy_(part)",
-    ),
-    Text(
-        "map: ∂L/∂b of the last block alone",
-        "losses/_mapped.py",
-        "out.b.add_(gradient.sum(0))",
-        "out.b.copy_(gradient.sum(0))",
-    ),
-    Text(
-        "map: a shared gradient of the last block alone",
-        "losses/_mapped.py",
-        "total.add_(gradient)",
-        "total.copy_(gradient)",
-    ),
-    Text(
-        "distillation: T for T²",
-        "losses/distillation.py",
-        "divergence = temperature**2 * divergence",
-        "divergence = temperature * divergence",
-    ),
-    Text(
-        "total: hand out what was taken twice",
-        "losses/_autograd.py",
-        "taken, ctx.taken = ctx.taken, None",
-        "taken = ctx.taken",
-    ),
-    Text(
-        "linear: ∂L/∂b of the last block alone",
-        "losses/_sweeps.py",
-        "out.b.add_(gradient.sum(0))",
-        "out.b.copy_(gradient.sum(0))",
-    ),
-    Text(
-        "linear: S for S − y in ∂L/∂x and ∂L/∂W",
-        "losses/_sweeps.py",
-        "g = put(z, block, gradient)",
-        "g = put(z, block, torch.softmax(wide, 1))",
-    ),
-    Text(
-        "linear: ∂L/∂x over that of the first chunk",
-        "losses/_sweeps.py",
-        "pull_to_rows(g, W, out.x[rows])",
-        "pull_to_rows(g, W, out.x[: len(g)])",
-    ),
-    Text(
-        "linear Hessian: no uW g",
-        "losses/_sweeps.py",
-        "add_pulled_to_rows_(out.x[rows], g, uW)",
-        "pass",
-    ),
-    Text(
-        "linear Hessian: no g uxᵀ",
-        "losses/_sweeps.py",
-        "add_pulled_to_classes_(out.W, g, moved)",
-        "pass",
-    ),
-    Text(
-        "linear Hessian: b of the last block alone",
-        "losses/_sweeps.py",
-        "out.b.add_(second.by_z.sum(0))",
-        "out.b.copy_(second.by_z.sum(0))",
-    ),
-    Text(
-        "capped: half of the gradient of the z-loss",
-        "losses/_capped.py",
-        "2 * options.z_loss * lse",
-        "options.z_loss * lse",
-    ),
-    Text(
-        "log-prob: the gradient of the entropy without log Σ",
-        "losses/log_prob.py",
-        "row.entropy - row.total.log()",
-        "row.entropy",
-    ),
-    Text(
-        "many directions: what the first one does, for each",
-        "losses/_many.py",
-        "t[some].flatten(0, 1)",
-        "t[: some.stop - some.start].flatten(0, 1)",
-    ),
-    Text(
-        "hessian: what the rows count is left out",
-        "optim/_hessian.py",
-        "chunk.weighted(product.flatten(1, 2), block)",
-        "product.flatten(1, 2)",
-    ),
-    Text(
-        "newton: trials of half the length",
-        "optim/_objective.py",
-        "else torch.lerp(z, end, length)",
-        "else torch.lerp(z, end, length / 2)",
-    ),
-    Text(
-        "curvature: the diagonal of x, not of its square",
-        "curvature/_sweeps.py",
-        "a, cast(chunk.x, S.dtype).square()",
-        "a, cast(chunk.x, S.dtype)",
-    ),
-    Text(
-        "curvature: the trace without that of the bias",
-        "curvature/_sweeps.py",
-        "squares += 1",
-        "pass",
-    ),
-    Text(
-        "curvature: a residual as it is carried along",
-        "curvature/_solve.py",
-        "residual = g - multiply(u)",
-        "residual = torch.zeros_like(g)",
-    ),
-    Text(
-        "curvature: variances of no prior",
-        "curvature/laplace.py",
-        "b.clamp(min=0)) + precision)",
-        "b.clamp(min=0)) + 1)",
-    ),
-    Text(
-        "curvature: labels that are impossible",
-        "curvature/sampling.py",
-        "right=True",
-        "right=False",
-    ),
-]
-MUTATIONS: list[Mutant | Text] = [*MUTANTS, *TEXTS]
 
 
 @contextmanager
@@ -249,7 +102,7 @@ def first_failure(
 
 def suite_of(mutation: Mutant | Text) -> list[str]:
     """The tests that should notice a mutation."""
-    return [*TESTS, *TESTS_OF[mutation.file]]
+    return [*(f"tests/{name}.py" for name in TESTS_OF[mutation.file].split()), *TESTS]
 
 
 def what_notices(mutation: Mutant | Text) -> str | None:

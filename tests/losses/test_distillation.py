@@ -186,6 +186,15 @@ def test_a_teacher_may_be_of_another_dtype():
 
 
 @every_divergence
+@every_reduction
+def test_a_wider_dtype_that_is_asked_for(options, reduction):
+    inputs = [t.detach().float() for t in problem(40)]
+    wide = ours(*inputs, dtype=torch.float64, reduction=reduction, **options)
+    exact = dense(*(t.double() for t in inputs), reduction=reduction, **options)
+    assert_same(wide, exact)
+
+
+@every_divergence
 def test_autocast_rounds_what_is_multiplied_and_nothing_else(options):
     inputs, along = (tuple(t.detach().float() for t in problem(40)) for _ in range(2))
     rounded, along = (tuple(t.bfloat16().float() for t in each) for each in (inputs, along))

@@ -164,6 +164,22 @@ def test_half_precision_comes_as_float32_and_nearer_than_dense(dtype):
         assert errors[0] < 0.1 * errors[1]
 
 
+def test_a_wider_dtype_that_is_asked_for():
+    x, W, _, target = problem(40)
+    x, W = x.detach().float(), W.detach().float()
+    wide = linear_log_prob(x, W, target, dtype=torch.float64)
+    assert_same(wide, written_out(x.double(), W.double(), target))
+
+
+def test_an_entropy_that_is_not_asked_for_is_nan():
+    x, W, b = problem(5)[:3]
+    target = torch.arange(N) % 5
+    alone = linear_log_prob(x, W, target, linear_bias=b, entropy=False)
+    assert alone.entropy.isnan().all()
+    expected = written_out(x, W, target, b)
+    assert_same(alone._replace(entropy=alone.log_prob), expected._replace(entropy=expected[0]))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

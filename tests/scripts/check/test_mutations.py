@@ -6,39 +6,60 @@ import sys
 import pytest
 
 from scripts.check import mutations as check_mutations
-from scripts.check.mutations import MUTANTS, MUTATIONS, ROOT, TEXTS, Text, main, suite_of
+from scripts.check.mutants import MUTATIONS, Mutant, Text
+from scripts.check.mutations import ROOT, main, suite_of
 
 PACKAGE = ROOT / "torch_softmax"
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
-def test_a_text_fits_the_package(text):
-    source = (PACKAGE / text.file).read_text()
-    assert source.count(text.old) == 1
-    compile(source.replace(text.old, text.new), text.file, "exec")
+def of_kind(kind):
+    of_it = [mutation for mutation in MUTATIONS if isinstance(mutation, kind)]
+    return pytest.mark.parametrize("mutation", of_it, ids=lambda mutation: mutation.name)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_mutant_has_its_place_and_its_tests(mutant):
-    assert callable(mutant.change(getattr(mutant.owner, mutant.function)))
-    assert all((ROOT / test).exists() for test in suite_of(mutant))
+@of_kind(Text)
+def test_a_text_fits_the_package(mutation):
+    source = (PACKAGE / mutation.file).read_text()
+    assert source.count(mutation.old) == 1
+    compile(source.replace(mutation.old, mutation.new), mutation.file, "exec")
 
 
-def test_a_mutant_is_met_by_every_name_of_its_function():
+@of_kind(Mutant)
+def test_a_mutant_has_its_place(mutation):
+    owner, name = mutation.place()
+    original = vars(owner)[name]
+    assert callable(mutation.change(getattr(original, "func", original)))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_mutation_has_its_tests(mutation):
+    assert all((ROOT / test).exists() for test in suite_of(mutation))
+
+
+@pytest.mark.parametrize(
+    ("change", "printed"),
+    [
+        ("lambda f: lambda *args: 'mutant'", "mutant"),
+        ("given(linear_weight=torch.Tensor.flipud)", "tensor([1])"),
+        ("returning(neg)", "tensor([0])"),
+    ],
+    ids=["another function", "another argument", "another result"],
+)
+def test_a_mutant_is_met_by_every_name_of_its_function(change, printed):
     """In a process of its own, as it stays."""
-    script = """
-from scripts.check.mutants import MUTANTS
-from torch_softmax.losses import _plan, _sweeps
-from torch_softmax.losses._sweeps import Inputs
+    script = f"""
+import torch
+from torch_softmax.curvature import sample_labels
+from torch_softmax import curvature
+from scripts.check.mutants import Mutant, given, neg, returning
 
-(mutant,) = (mutant for mutant in MUTANTS if mutant.function == "kept")
-mutant.take_its_place()
-assert _plan.kept is _sweeps.kept
-print(_plan.kept(Inputs("x", keep="some")))
+Mutant("", "curvature/sampling.py", "sample_labels", {change}).take_its_place()
+assert curvature.sample_labels is curvature.sampling.sample_labels is not sample_labels
+print(curvature.sample_labels(torch.ones(1, 1), torch.tensor([[99.0], [0.0]])))
 """
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "x\n"
+    assert done.stdout == f"{printed}\n"
 
 
 def test_names_tell_mutations_apart():
@@ -67,7 +88,7 @@ def one_mutation(monkeypatch, tmp_path):
         (tmp_path / "tests" / "test_two.py").write_text(test)
         monkeypatch.setattr(check_mutations, "ROOT", tmp_path)
         monkeypatch.setattr(check_mutations, "TESTS", ())
-        monkeypatch.setattr(check_mutations, "TESTS_OF", {"__init__.py": ["tests/test_two.py"]})
+        monkeypatch.setattr(check_mutations, "TESTS_OF", {"__init__.py": "test_two"})
         mutation = Text("another number", "__init__.py", "two = 2", new)
         monkeypatch.setattr(check_mutations, "MUTATIONS", [mutation])
 
