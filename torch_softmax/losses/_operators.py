@@ -213,8 +213,8 @@ def _pull(ctx: Any, cotangents: list[Tensor]) -> Any:
     if derivative is None:
         raise NotImplementedError(
             "compiled code has derivatives of a linear layer's losses to second order, and of "
-            "divergences to first order, got a further one: differentiate outside of torch.compile, or "
-            "by torch.func inside of it"
+            "divergences to first order, got a further one: differentiate outside of "
+            "torch.compile, or by torch.func inside of it"
         )
     results = run_sweep(derivative, (*tensors, *cotangents), counted)
     return _gradients(ctx, merge((None,) * len(needed), needed, results))
