@@ -9,13 +9,12 @@ from torch import Tensor
 
 from . import _checks as checks
 from ._transforms import unwrapped
-from .losses import distillation, linear, log_prob, logits, mapped
-from .losses import softmax as _softmax
+from .losses import distillation, linear, logits, mapped
 from .losses._autograd import overridable
 from .losses._rows import Layer
 from .losses._small import small_loss
 from .losses._targets import logit_options_of, options_of, row_options_of
-from .losses.log_prob import LogProb
+from .losses.linear import LogProb
 
 __all__ = [
     "LogProb",
@@ -57,7 +56,7 @@ def softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -
     if dtype is not None:
         checks.floating_dtype("dtype", dtype)
         input = input.to(dtype)
-    return _softmax.softmax(input, dim)
+    return logits.softmax(input, dim)
 
 
 @overridable
@@ -287,7 +286,7 @@ def linear_log_prob(
     _refuse_sharded("linear_log_prob", *layer, target)
     if dtype is not None:
         checks.floating_dtype("dtype", dtype)
-    return log_prob.linear_log_prob(
+    return linear.linear_log_prob(
         layer, target, options, ignore_index, chunk_size, dtype, entropy=entropy
     )
 

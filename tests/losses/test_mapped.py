@@ -200,6 +200,28 @@ def test_results_may_be_whole_numbers():
     assert torch.equal(map_logits(lambda z: z.argmax(), x, W), (x @ W.t()).argmax(1))
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_sums_and_means_of_whole_numbers_and_flags(reduction):
+    x, W, label = randn(N, D), randn(K, D), torch.arange(N) % 3
+    for fn in (lambda z, y: z.argmax(), lambda z, y: z[y] < z.mean()):
+        each = map_logits(fn, x, W, label)
+        expected = each.sum() if reduction == "sum" else each.double().mean().float()
+        assert_same(map_logits(fn, x, W, label, reduction=reduction, chunk_size=3), expected)
+
+
+@pytest.mark.parametrize("chunk_size", [3, N])
+def test_results_share_no_memory(chunk_size):
+    x, W, row = randn(N, D), randn(K, D), torch.zeros(N)
+    fn = lambda z, r: (r, z, z, torch.ones(3))  # noqa: E731
+    results = map_logits(fn, x, W, row, chunk_size=chunk_size)
+    for result in results:
+        result.add_(1)
+    assert row.sum() == 0
+    assert_same(results[1], x @ W.T + 1)
+    assert_same(results[2], results[1])
+    assert (results[3] == 2).all()
+
+
 def test_results_may_be_nan():
     assert map_logits(lambda z: z.sum() * math.nan, randn(N, D), randn(K, D)).isnan().all()
 
@@ -270,9 +292,52 @@ def test_a_captured_dual_raises():
         of_captured(forward_ad.make_dual(t, t))
 
 
+@pytest.mark.parametrize("derivative", [lambda fn: fn, torch.func.grad, torch.func.jacrev])
+def test_a_captured_tensor_that_vmap_maps_raises(derivative):
+    W, factors = randn(K, D).detach(), randn(N, K).detach()
+
+    def of_captured(factor):
+        def loss(x):
+            return map_logits(lambda z: (z * factor).sum(), x, W, reduction="sum")
+
+        return derivative(loss)(randn(N, D).detach())
+
+    with pytest.raises(ValueError, match=f"{CAPTURED}, or mapped by vmap"):
+        torch.vmap(of_captured, randomness="same")(factors)
+
+
+def test_a_branch_on_a_shared_tensor_that_vmap_maps_raises():
+    x, W, factors = randn(N, D).detach(), randn(K, D).detach(), randn(N).detach()
+
+    def of_shared(factor):
+        def fn(z, f):
+            return z.sum() if f == 0 else z.sum() * factor
+
+        return map_logits(fn, x, W, shared=(factor,))
+
+    with pytest.raises(ValueError, match=ONE_ROW):
+        torch.vmap(of_shared)(factors)
+
+
 def test_a_captured_parameter_is_fine_without_gradients():
     with torch.no_grad():
         assert of_captured(torch.tensor(2.0, requires_grad=True)).isfinite()
+
+
+class Older(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        return z.sum()
+
+
+class WithoutRule(torch.autograd.Function):
+    @staticmethod
+    def forward(z):
+        return z.sum()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
 
 ONE_ROW = "fn, which is mapped over rows, must not"
@@ -288,11 +353,14 @@ ONE_ROW = "fn, which is mapped over rows, must not"
         (lambda z: z[z > 0].sum(), ValueError, ONE_ROW),
         (lambda z: z.sum() * z[0].item(), ValueError, ONE_ROW),
         (lambda z: z.mul_(2).sum(), ValueError, "must not write to what it is given"),
+        (Older.apply, ValueError, "give it setup_context and a vmap rule"),
+        (WithoutRule.apply, ValueError, "give it a vmap rule"),
     ],
 )
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_what_is_no_function_of_one_row_raises(fn, error, message, reduction):
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_what_is_no_function_of_one_row_raises(fn, error, message, reduction, mode):
+    with mode(), pytest.raises(error, match=message):
         map_logits(fn, randn(N, D), randn(K, D), reduction=reduction)
 
 
@@ -442,6 +510,13 @@ def test_rows_of_another_number_raise():
 def test_an_unfit_argument_is_named(changes, error, message):
     with pytest.raises(error, match=f"^{message}"):
         map_logits(lambda z, *_: z.sum(), randn(N, D), randn(K, D), **changes)
+
+
+@pytest.mark.parametrize("later", [lambda z: (z.sum(), z.max()), lambda z: ()])
+def test_another_number_of_results_for_other_rows_raises(later):
+    fn = Sneaky(lambda z: z.sum(), later)
+    with pytest.raises((ValueError, TypeError), match="fn must return"):
+        map_logits(fn, randn(N, D), randn(K, D), chunk_size=3)
 
 
 def test_a_result_of_another_width_for_other_rows_raises():

@@ -263,7 +263,7 @@ def test_a_third_derivative_within_compiled_code_raises():
 
     with (
         torch._dynamo.config.patch(trace_autograd_ops=True),
-        pytest.raises(Exception, match="to second order, got a third one"),
+        pytest.raises(Exception, match="to second order"),
     ):
         torch.compile(third, backend="aot_eager")(p.at)
 

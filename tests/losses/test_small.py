@@ -269,3 +269,14 @@ def test_ignored_labels_count_for_nothing(layer, label, reduction, ignore_index,
 def test_a_label_out_of_range_is_an_error(label, mode):
     with mode(), pytest.raises(ValueError, match="target must hold class indices in"):
         linear_cross_entropy(randn(2, 5), randn(3, 5), torch.tensor(label))
+
+
+@pytest.mark.parametrize("changed", ["input", "weight", "target"])
+def test_a_tensor_changed_before_the_backward_raises(layer, label, changed):
+    x, W, b = layer
+    with small():
+        loss = linear_cross_entropy(x, W, label, linear_bias=b)
+    with torch.no_grad():
+        {"input": x, "weight": W, "target": label}[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -32,8 +32,6 @@ from ._autograd import (
 from ._dtypes import accumulation_dtype, outside_autocast, sum_dtype
 from ._formulas import product
 
-Rows = slice | Tensor  # the rows of a chunk: one after another, or an index (n,) int64 of them
-
 
 def slices(rows: int, step: int) -> Iterator[slice]:
     """Cut a number of rows into slices of at most `step`; no rows at all are one empty slice."""
@@ -41,44 +39,47 @@ def slices(rows: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def chunks_of_rows(count: int, step: int, index: Tensor | None) -> Iterator[Rows]:
-    """Cut all rows, or those that an index names, into chunks of at most `step`."""
-    return slices(count, step) if index is None else iter(index.split(step))
-
-
-def cut(tensor: Tensor, rows: Rows) -> Tensor:
+def cut(tensor: Tensor, rows: slice) -> Tensor:
     """Some rows of a tensor; itself where a slice is all of them, as in a small batch."""
-    if isinstance(rows, Tensor):
-        return tensor.index_select(0, rows)
     return tensor if rows.start == 0 and rows.stop >= tensor.shape[0] else tensor[rows]
 
 
-def write(result: Tensor, rows: Rows, part: Tensor) -> None:
-    """Write the result of some rows among the results of all rows.
+def read(tensor: Tensor, rows: slice, index: Tensor | None) -> Tensor:
+    """Some of the rows that count, which an index names; a copy where there is one."""
+    return cut(tensor, rows) if index is None else tensor.index_select(0, index[rows])
+
+
+def restored(values: Tensor, index: Tensor | None, count: int) -> Tensor:
+    """The values of the rows that count among 0 for each row that is left out, (N, ...)."""
+    if index is None:
+        return values
+    return values.new_zeros(count, *values.shape[1:]).index_copy(0, index, values)
+
+
+def write(results: list[Tensor], rows: slice, parts: tuple[Tensor, ...], count: int) -> None:
+    """Write the results of some rows, in order, among the results of all that count.
 
     Raises:
-        ValueError: The part has another shape or dtype, and would be widened to fit.
+        ValueError: A part has another shape or dtype, and would be widened to fit.
     """
-    if (part.shape[1:], part.dtype) != (result.shape[1:], result.dtype):
-        raise ValueError(
-            "fn must return the same shape and dtype for any rows, "
-            f"got {tuple(part.shape)} of {part.dtype} beside {tuple(result.shape[1:])} of "
-            f"{result.dtype} for each row before"
-        )
-    result[rows] = part
-
-
-def empty_rows(count: int, part: Tensor, index: Tensor | None) -> Tensor:
-    """A result for all rows like that of some rows; 0 at each row that an index leaves out."""
-    shape = (count, *part.shape[1:])
-    return part.new_empty(shape) if index is None else part.new_zeros(shape)
+    # Made once: small tensors that stay between large ones that go would break up the heap.
+    if not results:
+        results += [part.new_empty(count, *part.shape[1:]) for part in parts]
+    for result, part in zip(results, parts, strict=True):
+        if (part.shape[1:], part.dtype) != (result.shape[1:], result.dtype):
+            raise ValueError(
+                "fn must return the same shape and dtype for any rows, "
+                f"got {tuple(part.shape[1:])} of {part.dtype} beside {tuple(result.shape[1:])} of "
+                f"{result.dtype} for each row before"
+            )
+        result[rows] = part
 
 
 class Sweep(Protocol):
     """A faster way through all chunks of a plan, and of the plans of its derivatives."""
 
     def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:
-        """The results of the plan, up to rounding."""
+        """The results of the plan, up to rounding, with the rows that count alone."""
 
     def vjp(self, wanted: Mask) -> "Sweep | None":
         """The sweep of the plan's `vjp`, or None."""
@@ -117,31 +118,34 @@ class Plan:
         """The results for all rows."""
         if self.known is not None:
             return tuple(result.detach() for result in self.known)
-        first = next(tensor for tensor in tensors if tensor is not None)
+        pairs = zip(tensors, self.rows_in, strict=True)
+        first = next(t for t, has_rows in pairs if has_rows and t is not None)
         with outside_autocast(first):
             if self.sweep is not None and all(map(is_plain, tensors)):
-                return self.sweep.run(tuple(map(settled, tensors)), self.index)
-            return self._run_in_chunks(*tensors)
+                results = self.sweep.run(tuple(map(settled, tensors)), self.index)
+            else:
+                number = len(first) if self.index is None else len(self.index)
+                results = self._run_in_chunks(tensors, number)
+        return tuple(
+            restored(result, self.index, len(first)) if has_rows else result
+            for result, has_rows in zip(results, self.rows_out, strict=True)
+        )
 
-    def _run_in_chunks(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """The results by the function itself."""
-        pairs = list(zip(tensors, self.rows_in, strict=True))
-        count = next(len(t) for t, has_rows in pairs if has_rows and t is not None)
-        results: list[Tensor] = []
-        for rows in chunks_of_rows(count, self.step, self.index):
-            parts = self.fn(*(cut(t, rows) if r and t is not None else t for t, r in pairs))
-            results = results or [
-                empty_rows(count, part, self.index)
-                if has_rows
-                else torch.zeros_like(part, dtype=accumulation_dtype(part.dtype))
-                for part, has_rows in zip(parts, self.rows_out, strict=True)
-            ]
-            for result, part, has_rows in zip(results, parts, self.rows_out, strict=True):
-                if has_rows:
-                    write(result, rows, part)
-                else:
-                    result += part
-        return tuple(results)
+    def _run_in_chunks(self, tensors: Tensors, number: int) -> tuple[Tensor, ...]:
+        """The results by the function itself, with the rows that count alone."""
+        are_shared = tuple(not has_rows for has_rows in self.rows_out)
+        with_rows: list[Tensor] = []
+        sums: list[Tensor] = []
+        for rows in slices(number, self.step):
+            pairs = zip(tensors, self.rows_in, strict=True)
+            at = (read(t, rows, self.index) if r and t is not None else t for t, r in pairs)
+            parts = self.fn(*at)
+            write(with_rows, rows, select(parts, self.rows_out), number)
+            shared = select(parts, are_shared)
+            sums = sums or [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in shared]
+            for total, part in zip(sums, shared, strict=True):
+                total += part
+        return merge(merge(are_shared, self.rows_out, with_rows), are_shared, sums)
 
     def vjp(self, wanted: Mask) -> "Plan":
         """The plan of the gradients of the wanted tensors.
@@ -427,14 +431,8 @@ def scaled_(gradients: Tensors, scale: Tensor) -> Tensors:
     return tuple(None if gradient is None else gradient.mul_(scale) for gradient in gradients)
 
 
-def sum_of_products(
-    results: tuple[Tensor, ...], factors: Tensors, index: Tensor | None = None
-) -> Tensor:
-    """Σ_n Σ_i f_ni r_ni, over the rows n that count and results i; a factor of None is 1."""
-    if index is not None:
-        # The sum is rounded as the sum of the rows that count alone.
-        results = tuple(result[index] for result in results)
-        factors = tuple(factor if factor is None else factor[index] for factor in factors)
+def sum_of_products(results: tuple[Tensor, ...], factors: Tensors) -> Tensor:
+    """Σ_n Σ_i f_ni r_ni, over rows n and results i; a factor of None is 1."""
     pairs = zip(results, factors, strict=True)
     terms = [result if factor is None else product(factor, result) for result, factor in pairs]
     total = functools.reduce(torch.add, terms)

@@ -138,7 +138,7 @@ class RowNumbers(RowFunction):
 
     def _numbers(self, values: tuple[Any, ...]) -> Numbers:
         """A value for each of the numbers, 0 for one that is not asked for."""
-        return Numbers(**dict(zip(self.asked, values, strict=bool(values))))
+        return Numbers(**dict(zip(self.asked, values, strict=True)))
 
     def _asked(self, numbers: Numbers | Row) -> tuple[Any, ...]:
         return tuple(getattr(numbers, name) for name in self.asked)

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .._transforms import is_plain, is_transformed
 from ._autograd import Mask, Tensors, may_take_gradients, merge, select, split
-from ._chunked import chunked, sum_of_products, taken_along
+from ._chunked import chunked, restored, sum_of_products, taken_along
 from ._dtypes import accumulation_dtype
 from ._rows import How, Operands, RowFunction
-from ._sweeps import LoopSweep, Work, first_order, plan_of, results_sweep, total_of
+from ._sweeps import LoopSweep, Work, plan_of, results_sweep, sum_with_gradients, total_of
 from ._targets import Counted
 
 _FUNCTIONS: dict[str, type[RowFunction]] = {}  # that an operator can name
@@ -61,8 +61,9 @@ def sum_of(
             return total
         if torch.compiler.is_compiling() and _is_named(function) and not is_transformed():
             return run_total(function, how, operands, factors, counted.mask)
-    results = results_of(function, how, operands, counted)
-    return sum_of_products(results, factors, counted.index)
+    results = map(counted.select, results_of(function, how, operands, counted))
+    read = (None if factor is None else counted.select(factor) for factor in factors)
+    return sum_of_products(tuple(results), tuple(read))
 
 
 def _read_rows(function: RowFunction, operands: Operands, counted: Counted) -> Tensors:
@@ -166,7 +167,13 @@ def _run(*description: Any) -> list[Tensor]:
     """The results of a sweep."""
     sweep, tensors = _read(*description)
     _, counted, *_ = description
-    return list(sweep.run(tensors, _index(counted)))
+    index = _index(counted)
+    first, *_ = tensors
+    assert first is not None
+    operands, results = split(sweep.wanted, sweep.operands)
+    has_rows = (*select(sweep.function.has_rows, operands), *select(results, results))
+    pairs = zip(sweep.run(tensors, index), has_rows, strict=True)
+    return [restored(result, index, len(first)) if has else result for result, has in pairs]
 
 
 @_run.register_fake
@@ -205,8 +212,9 @@ def _pull(ctx: Any, cotangents: list[Tensor]) -> Any:
     derivative = sweep.vjp(needed)
     if derivative is None:
         raise NotImplementedError(
-            "compiled code has the derivatives of a linear layer's loss to second order, got a "
-            "third one: differentiate outside of torch.compile, or by torch.func inside of it"
+            "compiled code has derivatives of a linear layer's losses to second order, and of "
+            "divergences to first order, got a further one: differentiate outside of "
+            "torch.compile, or by torch.func inside of it"
         )
     results = run_sweep(derivative, (*tensors, *cotangents), counted)
     return _gradients(ctx, merge((None,) * len(needed), needed, results))
@@ -228,13 +236,11 @@ def _total(*description: Any) -> list[Tensor]:
     """The sum, and its gradient by the operands that the sweep wants."""
     sweep, tensors = _read(*description)
     _, counted, *_ = description
-    function, index = sweep.function, _index(counted)
     at, factors = split(tensors, sweep.operands)
-    work = Work(function, sweep.how, function.operands(at), index)
-    one = tuple(1.0 if factor is None else factor for factor in factors)
-    wanted, _ = split(sweep.wanted, sweep.operands)
-    values, gradients = first_order(work, one, function.operands(wanted))
-    return [sum_of_products(values, factors, index), *select(gradients.flat(), wanted)]
+    work = Work(sweep.function, sweep.how, sweep.function.operands(at), _index(counted))
+    wanted, by_factors = split(sweep.wanted, sweep.operands)
+    value, gradients, _ = sum_with_gradients(work, factors, wanted, by_factors)
+    return [value, *(gradient for gradient in gradients if gradient is not None)]
 
 
 @_total.register_fake

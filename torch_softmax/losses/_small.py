@@ -87,6 +87,7 @@ class SmallLoss(TakenAlong):
         if gradients is None or is_differentiated() or upstream.item() != 1:
             return TakenAlong.backward(ctx, upstream, *others)
         ctx.taken = None
+        ctx.saved_tensors  # noqa: B018  raises where one was changed in place
         return None, *gradients
 
 

@@ -10,26 +10,16 @@ and along a direction, in which the logits move by u = ux Wᵀ + x uWᵀ + ub an
     ∂/∂x changes by h W + g uW,  ∂/∂W by hᵀ x + gᵀ ux,  ∂/∂b by Σ_n h.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._autograd import Mask, Tensors, merge, select, split
-from ._chunked import (
-    Plan,
-    Rows,
-    Sum,
-    Total,
-    chunks_of_rows,
-    cut,
-    empty_rows,
-    slices,
-    sum_of_products,
-    write,
-)
+from ._chunked import Plan, Sum, Total, cut, read, restored, slices, sum_of_products, write
 from ._dtypes import accumulation_dtype, cast
 from ._products import (
     add_multiplied_,
@@ -67,7 +57,7 @@ def logits_step(z: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What a loop goes over: the rows of an index (n,), or all."""
+    """What a loop goes over: the rows that an index (n,) names, or all."""
 
     function: RowFunction
     how: How
@@ -76,36 +66,38 @@ class Work:
 
     @property
     def count(self) -> int:
-        """N."""
+        """The number of rows that count, n."""
         first, *_ = self.operands.layers
-        return len(first.x)
+        return len(first.x) if self.index is None else len(self.index)
 
-    def chunks(self) -> Iterator[Rows]:
-        """The rows that count, a chunk at a time."""
-        return chunks_of_rows(self.count, self.how.step, self.index)
+    def blocks(self, chunk: slice, z: Tensor) -> list[tuple[slice, slice]]:
+        """A chunk in parts whose logits a CPU finds in cache: their rows in the chunk, and in all.
 
-    def blocks(self, z: Tensor) -> list[slice]:
-        """The rows of a chunk to go over at a time, so that a CPU finds their logits in cache."""
-        # Ranks wait for one another at every block: one is enough.
+        Ranks wait for one another at every part, so that one is enough for them.
+        """
         one = z.device.type != "cpu" or self.function.across is not None
-        return list(slices(len(z), len(z) or 1 if one else cached_rows(z.shape[1])))
+        blocks = slices(len(z), len(z) or 1 if one else cached_rows(z.shape[1]))
+        return [(b, slice(chunk.start + b.start, chunk.start + b.stop)) for b in blocks]
 
-    def parts(self, logits: Iterable[Tensor], rows: Rows, values: "Direction") -> Parts:
-        """Logits of a block, with the rows of other tensors and of factors."""
-        pairs = zip(values.others, self.function.rows_in, strict=True)
+    def parts(
+        self, logits: Iterable[Tensor], rows: slice, others: Tensors, factors: Iterable[Any]
+    ) -> Parts:
+        """The logits of some rows with what else is theirs."""
+        pairs = zip(others, self.function.rows_in, strict=True)
+        dtype = self.how.dtype
         return Parts(
-            tuple(cast(z, self.how.dtype) for z in logits),
-            tuple(t if t is None or not has_rows else cut(t, rows) for t, has_rows in pairs),
+            tuple(cast(z, dtype) for z in logits),
+            tuple(read(t, rows, self.index) if r and t is not None else t for t, r in pairs),
             tuple(
-                cast(cut(f, rows), self.how.dtype) if isinstance(f, Tensor) else f
-                for f in values.factors
+                cast(read(f, rows, self.index), dtype) if isinstance(f, Tensor) else f
+                for f in factors
             ),
         )
 
     def like(self, tensor: Tensor, has_rows: bool) -> Tensor:
         """Where the gradient of a tensor goes: rows to be written, or a sum that starts at 0."""
         if has_rows:
-            return empty_rows(len(tensor), tensor, self.index)
+            return tensor.new_empty(self.count, *tensor.shape[1:])
         return torch.zeros_like(tensor, dtype=accumulation_dtype(tensor.dtype))
 
     def like_others(self, needed: tuple[Any, ...]) -> list[Any]:
@@ -113,43 +105,13 @@ class Work:
         triples = zip(self.operands.others, self.function.rows_in, needed, strict=True)
         return [self.like(t, has_rows) if wanted else None for t, has_rows, wanted in triples]
 
-    def add_to_others(self, totals: list[Any], gradients: tuple[Any, ...], rows: Rows) -> None:
+    def add_to_others(self, totals: list[Any], gradients: tuple[Any, ...], rows: slice) -> None:
         """Write the gradients of rows, and add up the gradients of what all rows share."""
         for total, gradient, has_rows in zip(totals, gradients, self.function.rows_in, strict=True):
             if total is not None and has_rows:
-                _place(total, rows, gradient)
+                total[rows] = gradient
             elif total is not None:
                 total.add_(gradient)
-
-    def add_results(self, results: list[Tensor], values: tuple[Tensor, ...], rows: Rows) -> None:
-        """Write the results of some rows among the results of all rows."""
-        if not results and isinstance(rows, slice) and rows.stop - rows.start >= self.count:
-            results += values
-            return
-        # Made once: small tensors that stay between large ones that go would break up the heap.
-        if not results:
-            results += [empty_rows(self.count, value, self.index) for value in values]
-        for result, value in zip(results, values, strict=True):
-            write(result, rows, value)
-
-
-@dataclass(frozen=True)
-class Direction:
-    """A change of each of the other tensors and of the factors; or these themselves."""
-
-    others: tuple[Any, ...]
-    factors: tuple[Any, ...]
-
-
-def _within(rows: Rows, block: slice) -> Rows:
-    """A block of a chunk's rows, counted among all rows."""
-    if isinstance(rows, Tensor):
-        return cut(rows, block)
-    return slice(rows.start + block.start, rows.start + block.stop)
-
-
-def _place(total: Tensor, rows: Rows, values: Tensor) -> None:
-    total[rows] = cast(values, total.dtype)  # which only a slice would do by itself
 
 
 class _Buffer:
@@ -187,9 +149,9 @@ class _Head:
             b=x.new_zeros((*many, *b.shape), dtype=sums) if needed.b else None,
         )
 
-    def load(self, rows: Rows) -> Tensor:
+    def load(self, rows: slice, work: Work) -> Tensor:
         """The logits of a chunk, which the next chunk writes over."""
-        self.rows, self.x = rows, cut(self.layer.x, rows)
+        self.rows, self.x = rows, read(self.layer.x, rows, work.index)
         _, W, b = self.layer
         self.z = self.x if self.buffer is None else self.buffer.logits(self.x, W, b)
         return self.z
@@ -205,7 +167,7 @@ class _Head:
         if out.b is not None:
             out.b.add_(gradient.sum(0))
         if self.layer.W is None and out.x is not None:
-            _place(out.x, _within(self.rows, block), gradient.flatten(1))
+            out.x[self.rows][block] = gradient.flatten(1)
         if self.layer.W is None or (out.x is None and out.W is None):
             return kept
         gradient = gradient.flatten(1)
@@ -218,15 +180,16 @@ class _Head:
         """Write the gradient of the chunk's x, and add the gradient of W."""
         if g is None:
             return
-        W = self.layer.W
-        g = cast(g, multiplied_in(W.dtype, W.device))
+        g = self.multiplied(g)
         if out.x is not None:
-            by_x = out.x[self.rows] if isinstance(self.rows, slice) else torch.empty_like(self.x)
-            pull_to_rows(g, W, by_x)
-            if not isinstance(self.rows, slice):
-                out.x[self.rows] = by_x
+            pull_to_rows(g, self.layer.W, out.x[self.rows])
         if out.W is not None:
             add_pulled_to_classes_(out.W, g, self.x)
+
+    def multiplied(self, g: Tensor) -> Tensor:
+        """A gradient by logits in the dtype of the products."""
+        W = self.layer.W
+        return cast(g, multiplied_in(W.dtype, W.device))
 
     def sums(self, work: Work) -> Layer:
         """The gradients, of which x has its sum over all ranks that hold classes."""
@@ -240,26 +203,25 @@ class _Head:
 def first_order(
     work: Work, factors: tuple[Any, ...], needed: Operands, *, values_too: bool = True
 ) -> tuple[tuple[Tensor, ...], Operands]:
-    """The results of all rows, if asked for, with the gradients that are needed.
+    """The results of the rows that count, if asked for, with the gradients that are needed.
 
     There is a factor for each result, its cotangent: one for each row, or one for all.
     """
-    function, given = work.function, Direction(work.operands.others, factors)
+    function, given = work.function, work.operands.others
     pairs = zip(work.operands.layers, needed.layers, strict=True)
     heads = [_Head(*pair, work) for pair in pairs]
     by_logits = tuple(map(any, needed.layers))
     needs = Parts(by_logits, needed.others, (values_too,) * function.results)
     results: list[Tensor] = []
     others = work.like_others(needed.others)
-    for chunk in work.chunks():
-        logits = [head.load(chunk) for head in heads]
+    for chunk in slices(work.count, work.how.step):
+        logits = [head.load(chunk, work) for head in heads]
         g: list[Tensor | None] = [None] * len(heads)
-        for block in work.blocks(logits[-1]):
-            rows = _within(chunk, block)
-            at = work.parts((cut(z, block) for z in logits), rows, given)
+        for block, rows in work.blocks(chunk, logits[-1]):
+            at = work.parts((cut(z, block) for z in logits), rows, given, factors)
             first = function.first(at, needs)
             if values_too:
-                work.add_results(results, first.results, rows)
+                write(results, rows, first.results, work.count)
             for i, (head, gradient) in enumerate(zip(heads, first.logits, strict=True)):
                 if gradient is not None:
                     g[i] = head.add(head.out, block, gradient, head.z, g[i])
@@ -289,9 +251,10 @@ class _MovingHead(_Head):
             or (wanted.W is not None and moves.x is not None)
         )
 
-    def move(self, group: slice) -> Tensor:
+    def move(self, group: slice, work: Work) -> Tensor:
         """The changes u = x uWᵀ + ux Wᵀ + ub along some of the directions, (n, m K)."""
-        ux = None if self.along.x is None else cut(self.along.x, self.rows)
+        ux = self.along.x if self.along.x is None else read(self.along.x, self.rows, work.index)
+        self.ux = ux
         if self.changes is None:
             return torch.zeros_like(self.x) if ux is None else ux
         _, uW, ub = self.along
@@ -314,31 +277,28 @@ class _MovingHead(_Head):
 
     def add_crossed(self, out: Layer, g: Tensor) -> None:
         """Add g uW to the change of the chunk's ∂/∂x, and gᵀ ux to the change of ∂/∂W."""
-        ux, uW, _ = self.along
-        g = cast(g, multiplied_in(self.layer.W.dtype, self.layer.W.device))
-        if out.x is not None and uW is not None:
-            by_x = out.x[self.rows]  # a copy where the rows are an index
-            add_pulled_to_rows_(by_x, g, uW.squeeze(0))
-            if not isinstance(self.rows, slice):
-                out.x[self.rows] = by_x
-        if out.W is not None and ux is not None:
-            add_pulled_to_classes_(out.W, g, cut(ux, self.rows))
+        g = self.multiplied(g)
+        if out.x is not None and self.along.W is not None:
+            add_pulled_to_rows_(out.x[self.rows], g, self.along.W.squeeze(0))
+        if out.W is not None and self.ux is not None:
+            add_pulled_to_classes_(out.W, g, self.ux)
 
 
 def second_order(
     work: Work,
-    given: tuple[tuple[Any, ...], tuple[Any, ...]],
-    along: Operands,
+    factors: tuple[Any, ...],
+    along: tuple[Operands, tuple[Any, ...]],
     needed: Operands,
     asked: Mask,
 ) -> tuple[tuple[Tensor, ...], Operands]:
-    """How gradients and results change along M directions: the twin of `first_order`.
+    """How gradients and results of one layer change along M directions: `first_order`'s twin.
 
     Args:
         work: What the loop goes over.
-        given: The cotangent of each result, and its change; 0 for none.
-        along: A change of the operands, or M of them: a layer's W is (M, K, D) and its b (M, K).
-            All else has its own shape, and moves only where M = 1. None is what stays.
+        factors: The cotangent of each result; 0 for none.
+        along: A change of the operands, or M of them, and of the factors: a layer's W is (M, K, D)
+            and its b (M, K). All else has its own shape, and moves only where M = 1. None is an
+            operand that stays.
         needed: The gradients by which of the operands.
         asked: Which results.
 
@@ -346,76 +306,45 @@ def second_order(
         The changes of the results that are asked for, (N, M); and of the gradients that are needed,
         (M, ...) by W and b, and of its own shape by all else.
     """
-    factors, moved_factors = given
-    at_rest = Direction(work.operands.others, factors)
-    moving = Direction(along.others, moved_factors)
-    triples = zip(work.operands.layers, needed.layers, along.layers, strict=True)
-    heads = [_MovingHead(*triple, work) for triple in triples]
+    function, (moves, moved_factors) = work.function, along
+    ((layer,), given), ((wanted,), wanted_others) = work.operands, needed
+    ((along_layer,), along_others) = moves
+    head = _MovingHead(layer, wanted, along_layer, work)
     results: list[Tensor] = []
-    others = work.like_others(needed.others)
-    groups = list(slices(max(h.number for h in heads), min(h.together for h in heads)))
+    others = work.like_others(wanted_others)
+    groups = list(slices(head.number, head.together))
 
-    def parts(block: slice) -> tuple[slice, Parts, Any]:
-        logits = (cut(head.z, block) for head in heads)
-        at = work.parts(logits, _within(heads[-1].rows, block), at_rest)
-        return block, at, work.function.point(at)
+    def point_of(block: slice, rows: slice) -> tuple[slice, slice, Parts, Any]:
+        at = work.parts((cut(head.z, block),), rows, given, factors)
+        return block, rows, at, function.point(at)
 
-    for chunk in work.chunks():
-        logits = [head.load(chunk) for head in heads]
-        points: Iterable[tuple[slice, Parts, Any]] = map(parts, work.blocks(logits[-1]))
+    for chunk in slices(work.count, work.how.step):
+        points: Iterable[Any] = starmap(point_of, work.blocks(chunk, head.load(chunk, work)))
         points = points if len(groups) == 1 else list(points)
         for group in groups:
-            _add_changes(work, heads, group, points, (moving, asked), (results, others))
-    return tuple(results), Operands(tuple(head.sums(work) for head in heads), tuple(others))
-
-
-def _add_changes(
-    work: Work,
-    heads: list[_MovingHead],
-    group: slice,
-    points: Iterable[tuple[slice, Parts, Any]],
-    what: tuple[Direction, Mask],
-    to: tuple[list[Tensor], list[Any]],
-) -> None:
-    """Add what a chunk's rows come to along some of the directions."""
-    (moving, asked), (results, others), function = what, to, work.function
-    changes, outs = [h.move(group) for h in heads], [h.part(group) for h in heads]
-    h: list[Tensor | None] = [None] * len(heads)
-    g: list[Tensor | None] = [None] * len(heads)
-    for block, at, point in points:
-        rows = _within(heads[-1].rows, block)
-        u = (
-            cut(change, block).unflatten(1, (-1, head.classes))
-            for change, head in zip(changes, heads, strict=True)
-        )
-        second = function.second(point, at, work.parts(u, rows, moving), asked)
-        _add_slopes(results, second.results, rows, group, (work.count, heads[-1].number))
-        work.add_to_others(others, second.others, rows)
-        for i, head in enumerate(heads):
-            h[i] = head.add(outs[i], block, second.logits[i], changes[i], h[i])
-        if any(head.crosses for head in heads):
-            for i, by_z in enumerate(function.gradient(point, at)):
-                if heads[i].crosses:
-                    out = outs[i]._replace(b=None)
-                    g[i] = heads[i].add(out, block, by_z, heads[i].z, g[i])
-        del at, point, second
-    for head, out, by_change, by_logits in zip(heads, outs, h, g, strict=True):
-        head.pull_back(out, by_change)
-        if head.crosses and by_logits is not None:
-            head.add_crossed(out, by_logits)
-
-
-def _add_slopes(
-    results: list[Tensor],
-    slopes: tuple[Tensor, ...],
-    rows: Rows,
-    group: slice,
-    shape: tuple[int, int],
-) -> None:
-    if not results:
-        results += [slope.new_zeros(shape) for slope in slopes]
-    for result, slope in zip(results, slopes, strict=True):
-        result[rows, group] = slope
+            change, out = head.move(group, work), head.part(group)
+            h: Tensor | None = None
+            g: Tensor | None = None
+            for block, rows, at, point in points:
+                u = cut(change, block).unflatten(1, (-1, head.classes))
+                direction = work.parts((u,), rows, along_others, moved_factors)
+                second = function.second(point, at, direction, asked)
+                if not results:
+                    shape = (work.count, head.number)
+                    results += [slope.new_empty(shape) for slope in second.results]
+                for result, slope in zip(results, second.results, strict=True):
+                    result[rows, group] = slope
+                work.add_to_others(others, second.others, rows)
+                (change_of_g,) = second.logits
+                h = head.add(out, block, change_of_g, change, h)
+                if head.crosses:
+                    (by_z,) = function.gradient(point, at)
+                    g = head.add(out._replace(b=None), block, by_z, head.z, g)
+                del at, point, second
+            head.pull_back(out, h)
+            if g is not None:
+                head.add_crossed(out, g)
+    return tuple(results), Operands((head.sums(work),), tuple(others))
 
 
 # The loops as sweeps of a plan and of its derivatives.
@@ -460,28 +389,27 @@ class LoopSweep:
         if self.order == 2:
             slopes, changes = self._changes(work, rest, needed, of_results)
             return (*select(changes.flat(), by_operands), *slopes)
-        factors = tuple(0.0 if c is None else c for c in rest)
+        factors = _zeros(rest or (None,) * function.results)
         values, gradients = first_order(work, factors, needed, values_too=self.order == 0)
         return values if self.order == 0 else select(gradients.flat(), by_operands)
 
     def _changes(
         self, work: Work, rest: Tensors, needed: Operands, asked: Mask
     ) -> tuple[tuple[Tensor, ...], Operands]:
-        function = self.function
-        cotangents, given = split(rest, function.results if self.has_factors else 0)
+        cotangents, given = split(rest, work.function.results if self.has_factors else 0)
         moves = merge((None,) * len(self.moved), self.moved, given)
         operands, moved_factors = split(moves, self.operands)
-        factors = cotangents or (None,) * function.results
-        both = tuple(
-            tuple(0.0 if f is None else f for f in some) for some in (factors, moved_factors)
-        )
-        along = function.operands(operands)
+        factors = cotangents or (None,) * work.function.results
+        ((x, *Wb),), others = work.function.operands(operands)
+        if not self.many:
+            Wb = [None if t is None else t.unsqueeze(0) for t in Wb]
+        along = Operands((Layer(x, *Wb),), others), _zeros(moved_factors)
+        slopes, changes = second_order(work, _zeros(factors), along, needed, asked)
         if self.many:
-            return second_order(work, both, along, needed, asked)  # type: ignore[arg-type]
-        along = along._replace(layers=tuple(Layer(x, *map(_one, Wb)) for x, *Wb in along.layers))
-        slopes, changes = second_order(work, both, along, needed, asked)  # type: ignore[arg-type]
-        layers = tuple(Layer(x, *map(_only, Wb)) for x, *Wb in changes.layers)
-        return tuple(slope.squeeze(1) for slope in slopes), changes._replace(layers=layers)
+            return slopes, changes
+        ((x, *Wb),), others = changes
+        layer = Layer(x, *(None if t is None else t.squeeze(0) for t in Wb))
+        return tuple(slope.squeeze(1) for slope in slopes), Operands((layer,), others)
 
     def vjp(self, wanted: Mask) -> "LoopSweep | None":
         """The sweep of the gradients, or of the changes along their cotangents."""
@@ -518,12 +446,8 @@ class LoopSweep:
         return replace(self, many=True)
 
 
-def _one(direction: Tensor | None) -> Tensor | None:
-    return None if direction is None else direction.unsqueeze(0)
-
-
-def _only(change: Tensor | None) -> Tensor | None:
-    return None if change is None else change.squeeze(0)
+def _zeros(factors: Tensors) -> tuple[Any, ...]:
+    return tuple(0.0 if factor is None else factor for factor in factors)
 
 
 def results_sweep(function: RowFunction, how: How) -> LoopSweep:
@@ -546,12 +470,30 @@ def total_of(function: RowFunction, how: How, index: Tensor | None) -> Total:
     def run(tensors: Tensors, wanted: Mask) -> Sum:
         at, factors = split(tensors, len(plan.rows_in))
         needed, by_factors = split(wanted, len(plan.rows_in))
-        work = Work(function, how, function.operands(at), index)
-        one = tuple(1.0 if factor is None else factor for factor in factors)
-        values, gradients = first_order(work, one, function.operands(needed))
-        total = sum_of_products(values, factors, index)
-        pairs = zip(values, by_factors, strict=True)
-        by_values = (value if is_needed else None for value, is_needed in pairs)
-        return Sum(total, (*gradients.flat(), *by_values))
+        return sum_with_gradients(
+            Work(function, how, function.operands(at), index), factors, needed, by_factors
+        )
 
     return Total(plan, run, complete=lambda tensors: tensors)
+
+
+def sum_with_gradients(work: Work, factors: Tensors, needed: Mask, by_factors: Mask) -> Sum:
+    """The sum over the rows that count, with the gradients of operands and of factors."""
+    function, index = work.function, work.index
+    one = tuple(1.0 if factor is None else factor for factor in factors)
+    values, gradients = first_order(work, one, function.operands(needed))
+    counting = (f if f is None or index is None else f[index] for f in factors)
+    total = sum_of_products(values, tuple(counting))
+    (layer, *_), _ = work.operands
+    results = (
+        *gradients.flat(),
+        *(v if w else None for v, w in zip(values, by_factors, strict=True)),
+    )
+    has_rows = (*function.has_rows, *(True for _ in values))
+    return Sum(
+        total,
+        tuple(
+            restored(r, index, len(layer.x)) if has and r is not None else r
+            for r, has in zip(results, has_rows, strict=True)
+        ),
+    )

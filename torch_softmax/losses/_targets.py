@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks as checks
 from .._transforms import is_batched, is_fake, is_moving, is_plain, unwrapped
+from ._chunked import restored
 from ._formulas import Target
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -155,10 +156,7 @@ class Counted:
 
     def restore(self, values: Tensor, count: int) -> Tensor:
         """Selected values among 0 for each row that is left out, (N, ...)."""
-        if self.index is None:
-            return self.read_zeros(values)
-        zeros = values.new_zeros(count, *values.shape[1:])
-        return zeros.index_copy(0, self.index, values)
+        return restored(self.read_zeros(values), self.index, count)
 
 
 def has_numbers(mask: Tensor) -> bool:

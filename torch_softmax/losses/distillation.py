@@ -12,50 +12,25 @@ where KL(p ‖ q) = Σ_k p_k ρ_k with ρ = log p − log q. With J = diag p −
     ∂KL(p ‖ q)/∂z' = J ρ / T,  ∂KL(p ‖ q)/∂z = (q − p) / T,
 
 and in the gradient of 'jsd' what is by m adds up to 0: it is T β J (log p − log m) by z', and so by
-z. A product J ρ = p ∘ (ρ − p·ρ) changes by δp ∘ (ρ − p·ρ) + p ∘ (δρ − δp·ρ − p·δρ).
+z.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from ._autograd import Mask
 from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype, widest
 from ._formulas import per_row
-from ._operators import named_in_operators, results_of, sum_of
+from ._operators import named_in_operators
 from ._rows import How, Layer, Operands, Parts, RowFunction
 from ._targets import REDUCTIONS, Counted
 from .linear import as_multiplied, default_chunk_size
-from .logits import mean_over
+from .logits import rows_or_total
 
 DIVERGENCES = ("forward", "reverse", "jsd")
-
-
-class _Side(NamedTuple):
-    """One of the two distributions of some rows, (n, K) each."""
-
-    log: Tensor  # log p
-    p: Tensor
-    ratio: Tensor  # ρ, the logarithm of p over what it is compared with; 0 where p is 0
-
-    def product(self) -> Tensor:
-        """J ρ."""
-        return self.p * (self.ratio - (self.p * self.ratio).sum(1, keepdim=True))
-
-    def moved_log(self, u: Tensor) -> Tensor:
-        """How log p changes along u, (n, M, K)."""
-        return u - (self.p.unsqueeze(1) * u).sum(2, keepdim=True)
-
-    def moved_product(self, of_log: Tensor, of_ratio: Tensor) -> Tensor:
-        """How J ρ changes where log p and ρ do, (n, M, K)."""
-        p, ratio = self.p.unsqueeze(1), self.ratio.unsqueeze(1)
-        of_p = p * of_log
-        of_mean = (of_p * ratio + p * of_ratio).sum(2, keepdim=True)
-        return of_p * (ratio - (p * ratio).sum(2, keepdim=True)) + p * (of_ratio - of_mean)
 
 
 @named_in_operators
@@ -64,7 +39,6 @@ class Divergence(RowFunction):
     """The divergence of each row, by the names that its options have in the loss."""
 
     layers = 2  # student and teacher
-    has_second = True
 
     divergence: str = "forward"
     beta: float = 0.5
@@ -96,74 +70,34 @@ class Divergence(RowFunction):
             value = self.beta * kl(log_p, log_m) + (1 - self.beta) * kl(log_q, log_m)
         return (self.temperature**2 * value,)
 
-    def point(self, at: Parts) -> tuple[_Side, ...]:
-        """Both distributions, each compared with the other or with m."""
-        logs = [torch.log_softmax(z / self.temperature, 1) for z in at.logits]
-        if self.divergence == "jsd":
-            others = [log_mean(logs[1], logs[0], self.beta)] * 2
-        else:
-            others = logs[::-1]
-        return tuple(
-            _Side(log, log.exp(), (log - other).masked_fill(log == -torch.inf, 0))
-            for log, other in zip(logs, others, strict=True)
-        )
-
     def first(self, at: Parts, needed: Parts) -> Parts:
         """The divergence and its gradients by hand."""
-        sides, values = self.point(at), tuple[Tensor, ...]()
+        log_q, log_p = logs = [torch.log_softmax(z / self.temperature, 1) for z in at.logits]
+        mean = [log_mean(log_p, log_q, self.beta)] * 2 if self.divergence == "jsd" else None
+        sides = [
+            (log.exp(), (log - other).masked_fill(log == -torch.inf, 0))
+            for log, other in zip(logs, mean or logs[::-1], strict=True)
+        ]
+        values = tuple[Tensor, ...]()
         if all(needed.results):
             pairs = zip(sides, self.shares, strict=True)
-            terms = [share * (side.p * side.ratio).sum(1) for side, share in pairs if share]
+            terms = [share * (p * ratio).sum(1) for (p, ratio), share in pairs if share]
             values = (self.temperature**2 * torch.stack(terms).sum(0),)
-        return Parts(self._gradients(sides, at, needed.logits), (), values)
+        (factor,) = at.results
 
-    def gradient(self, point: tuple[_Side, ...], at: Parts) -> tuple[Any, ...]:
-        """The gradients by the logits of student and teacher."""
-        return self._gradients(point, at, (True, True))
+        def gradient(i: int, share: float) -> Tensor:
+            p, ratio = sides[i]
+            # J ρ = p ∘ (ρ − p·ρ), or the difference of both distributions
+            g = (
+                p * (ratio - (p * ratio).sum(1, keepdim=True)) * share
+                if share
+                else p - sides[1 - i][0]
+            )
+            return self.temperature * g * per_row(factor, g)
 
-    def _gradients(self, sides: tuple[_Side, ...], at: Parts, needed: Mask) -> tuple[Any, ...]:
-        """The gradients by the logits that are needed, for the factor of each row."""
-
-        def slope(side: _Side, other: _Side, share: float) -> Tensor:
-            by_logits = share * side.product() if share else side.p - other.p
-            (factor,) = at.results
-            return self.temperature * by_logits * per_row(factor, by_logits)
-
-        triples = zip(sides, sides[::-1], self.shares, strict=True)
-        return tuple(
-            slope(*triple) if wanted else None
-            for triple, wanted in zip(triples, needed, strict=True)
-        )
-
-    def second(self, point: tuple[_Side, ...], at: Parts, along: Parts, needed: Mask) -> Parts:
-        """The changes by hand."""
-        pairs = zip(point, along.logits, strict=True)
-        of_logs = [side.moved_log(u / self.temperature) for side, u in pairs]
-        of_ps = [side.p.unsqueeze(1) * v for side, v in zip(point, of_logs, strict=True)]
-        of_others = of_logs[::-1]
-        if self.divergence == "jsd":  # log m changes by Σ share p/m ∘ δlog p
-            triples = zip(point, of_logs, self.shares, strict=True)
-            parts = [share * _over(side) * of_log for side, of_log, share in triples]
-            of_others = [torch.stack(parts).sum(0)] * 2
-        (factor,), (moved_factor,) = at.results, along.results
-        alone = self._gradients(point, at._replace(results=(1.0,)), (True, True))
-
-        def change(i: int, share: float) -> Tensor:
-            if share:
-                h = share * point[i].moved_product(of_logs[i], of_logs[i] - of_others[i])
-            else:
-                h = of_ps[i] - of_ps[1 - i]
-            g: Tensor = alone[i].unsqueeze(1)
-            return self.temperature * h * per_row(factor, h) + g * per_row(moved_factor, h)
-
-        by_logits = tuple(change(i, share) for i, share in enumerate(self.shares))
-        slope = sum((g.unsqueeze(1) * u).sum(2) for g, u in zip(alone, along.logits, strict=True))
-        return Parts(by_logits, (), (slope,) if all(needed) else ())
-
-
-def _over(side: _Side) -> Tensor:
-    """The quotient p / m, (n, 1, K), 0 where p is 0."""
-    return side.ratio.exp().masked_fill(side.log == -torch.inf, 0).unsqueeze(1)
+        triples = zip(needed.logits, range(2), self.shares, strict=True)
+        gradients = tuple(gradient(i, share) if by_z else None for by_z, i, share in triples)
+        return Parts(gradients, (), values)
 
 
 def divergence_of(divergence: str, beta: object, temperature: object) -> Divergence:
@@ -185,9 +119,12 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def log_mean(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """The logarithm of β p + (1 − β) q; of a class without a share of either, anything finite."""
-    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
-    of_p, of_q = (log.masked_fill(neither, 0) for log in (log_p, log_q))
-    return torch.logaddexp(of_p + math.log(beta), of_q + math.log(1 - beta))
+    # torch.logaddexp has no second derivative where one of both is −∞.
+    top = torch.maximum(log_p, log_q).detach()
+    neither = top == -torch.inf
+    top = top.masked_fill(neither, 0)
+    mean = beta * (log_p - top).exp() + (1 - beta) * (log_q - top).exp()
+    return top + mean.masked_fill(neither, 1).log()
 
 
 def linear_distillation(
@@ -204,22 +141,18 @@ def linear_distillation(
     shape = student.x.shape[:-1]
     layers = (as_multiplied(student), as_multiplied(teacher))
     counted = Counted.of(None if mask is None else mask.flatten())
-    count = math.prod(shape)
     products = widest(*(product_dtype(*layer) for layer in (student, teacher)))
     returned = dtype or accumulation_dtype(products)
     logits = widest(products, returned)
     classes, features = student.W.shape
     step = chunk_size or default_chunk_size(classes, features, student.x.device)
     how = How(step, accumulation_dtype(logits), logits)
+    operands = Operands(layers, ())
     with outside_autocast(student.x):
-        if reduction == "none":
-            (divergences,) = results_of(function, how, Operands(layers, ()), counted)
-            return cast(counted.read_zeros(divergences), returned).reshape(shape)
-        factors = (None if counted.mask is None else counted.mask.to(how.dtype),)
-        total = sum_of(function, how, Operands(layers, ()), factors, counted)
-    if reduction == "mean":
-        total = mean_over(total, counted.number(count))
-    return cast(total, returned)
+        (result,) = rows_or_total(
+            function, how, operands, counted, reduction, tuple(shape), is_number=True
+        )
+    return cast(result, returned)
 
 
 def _check(student: Layer, teacher: Layer, reduction: str, mask: Tensor | None) -> None:

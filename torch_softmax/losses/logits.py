@@ -1,21 +1,65 @@
-"""Cross-entropy of logits, given or of a layer: the loss is made of the numbers of each row."""
+"""The softmax of logits, and their cross-entropy, which is made of the numbers of each row."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from .. import _checks as checks
-from ._autograd import Tensors
-from ._dtypes import accumulation_dtype, cast, loss_dtype, widest
+from .._transforms import refuse_inference_mode
+from . import _formulas as formulas
+from ._autograd import Tensors, nested_forward_mode
+from ._dtypes import accumulation_dtype, cast, loss_dtype, sum_dtype, widest
 from ._formulas import Across, Numbers, product
 from ._numbers import RowNumbers
 from ._operators import results_of, sum_of
-from ._rows import How, Layer, Operands
+from ._rows import How, Layer, Operands, RowFunction
 from ._sweeps import logits_step
 from ._targets import Counted, LogitOptions, Options, Terms, check_classes, fold
 
 PLAIN = LogitOptions()
+
+
+class SoftmaxFunction(Function):
+    """S_i = e^{z_i} / Σ_j e^{z_j} along one dimension."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, dim: int) -> Tensor:
+        return formulas.softmax(input, dim).contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, ctx.dim = inputs
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _jacobian_product(ctx.saved_tensors, gradient, ctx.dim), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        with nested_forward_mode(ctx.saved_tensors) as saved:
+            return _jacobian_product(saved, tangent, ctx.dim)
+
+
+def _jacobian_product(saved: Any, u: Tensor, dim: int) -> Tensor:
+    (softmax,) = saved
+    wide = accumulation_dtype(softmax.dtype)
+    return formulas.jacobian_product(softmax.to(wide), u.to(wide), dim).to(softmax.dtype)
+
+
+def softmax(input: Tensor, dim: int) -> Tensor:
+    """The softmax along a dimension, to be differentiated to any order."""
+    if torch.compiler.is_compiling():  # which differentiates torch's own to any order
+        return formulas.softmax(input, dim).contiguous()
+    refuse_inference_mode()
+    result: Tensor = SoftmaxFunction.apply(input, dim)
+    return result
 
 
 def loss_of(
@@ -73,6 +117,37 @@ def _factors(terms: Terms, z_loss: float, dtype: torch.dtype, counted: Counted) 
     target = terms.y.target
     one = target.new_ones(target.shape[:1], dtype=dtype) if factor is None else factor
     return of_log_sum, factor, z_loss * one
+
+
+def rows_or_total(
+    function: RowFunction,
+    how: How,
+    operands: Operands,
+    counted: Counted,
+    reduction: str,
+    shape: tuple[int, ...],
+    *,
+    is_number: bool,
+) -> list[Tensor]:
+    """Each result of the rows, (*shape, ...), or its sum or mean over the rows that count.
+
+    A function whose only result is a number is summed while its gradients are taken along.
+    """
+    if reduction == "none":
+        values = results_of(function, how, operands, counted)
+        return [counted.read_zeros(v).reshape(*shape, *v.shape[1:]) for v in values]
+    if is_number:
+        factors = (None if counted.mask is None else counted.mask.to(how.dtype),)
+        totals = [sum_of(function, how, operands, factors, counted)]
+    else:
+        totals = [
+            counted.read_zeros(counted.select(values)).sum(0, dtype=sum_dtype(values))
+            for values in results_of(function, how, operands, counted)
+        ]
+    if reduction == "sum":
+        return totals
+    number = counted.number(math.prod(shape))
+    return [mean_over(total, number) for total in totals]
 
 
 def mean_over(total: Tensor, count: Tensor | float, mean_of_no_rows: float = math.nan) -> Tensor:

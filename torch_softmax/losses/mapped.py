@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from .._transforms import is_differentiated, is_moving
+from .._transforms import is_batched, is_differentiated, is_moving
 from ._autograd import Mask, Tensors, captured_leaves, detached, merge, pulled_back, select, split
-from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype, sum_dtype
-from ._operators import results_of, sum_of
+from ._dtypes import accumulation_dtype, cast, outside_autocast, product_dtype
 from ._rows import How, Layer, Operands, Parts, RowFunction
 from ._targets import REDUCTIONS, Counted
 from .linear import as_multiplied, default_chunk_size
-from .logits import mean_over
+from .logits import rows_or_total
 
 # What torch's errors say of a function that can't be mapped, and what it may do instead.
 _ADVICE = {
@@ -34,6 +33,9 @@ _ADVICE = {
     "doesn't have storage": "read numbers out of a tensor: use operations of torch",
     "vmap: inplace": "write to a tensor from outside",
     "leaf Variable that requires grad": "write to a tensor from outside",
+    "Inplace update to inference tensor": "write to what it is given",
+    "setup_context": "call a Function of the older form: give it setup_context and a vmap rule",
+    "generate_vmap_rule": "call a Function that vmap can't map: give it a vmap rule",
 }
 
 
@@ -60,11 +62,21 @@ class MappedRows(RowFunction):
 
     def __call__(self, logits: tuple[Tensor, ...], others: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The results (n, ...) for logits (n, K)."""
+        results = self.mapped(logits, others)
+        if len(results) != self.number:
+            raise ValueError(
+                "fn must return as many tensors for any row, "
+                f"got {len(results)} beside {self.number} before"
+            )
+        return results
+
+    def mapped(self, logits: tuple[Tensor, ...], others: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The results of the rows, as many as the function returns."""
         (z,) = logits
         if z.shape[0] == 0:  # which vmap refuses
             pairs = zip(others, self.rows_in, strict=True)
             one = tuple(_zero_row(t) if has_rows and t is not None else t for t, has_rows in pairs)
-            return tuple(result[:0] for result in self((_zero_row(z),), one))
+            return tuple(result[:0] for result in self.mapped((_zero_row(z),), one))
         dims = tuple(
             0 if r and t is not None else None for t, r in zip(others, self.rows_in, strict=True)
         )
@@ -116,15 +128,16 @@ class MappedRows(RowFunction):
         return Parts(*split(by_all, self.layers), tuple(value.detach() for value in values))
 
     def refuse(self, captured: Sequence[Tensor]) -> None:
-        """Raise if a tensor was captured that is differentiated: its gradient would be 0."""
+        """Raise if a tensor was captured that no transform would see: its gradient would be 0."""
         if captured:
-            known = {id(tensor): name for name, tensor in _captured_by(self.fn)}
-            names = [known[id(tensor)] for tensor in captured if id(tensor) in known]
-            moving = names or [name for name, tensor in _captured_by(self.fn) if is_moving(tensor)]
+            known = list(_captured_by(self.fn))
+            found = {id(tensor) for tensor in captured}
+            names = [name for name, tensor in known if id(tensor) in found]
+            names = names or [name for name, t in known if is_moving(t) or is_batched(t)]
             raise ValueError(
-                "fn must not depend on a tensor that is differentiated and that it is not given, "
-                f"got {', '.join(moving) or 'one without a name'}: pass it in shared, or in rows "
-                "where it has a row for each row"
+                "fn must not depend on a tensor that is differentiated, or mapped by vmap, and "
+                f"that it is not given, got {', '.join(names) or 'one without a name'}: pass it "
+                "in shared, or in rows where it has a row for each row"
             )
 
 
@@ -144,16 +157,17 @@ def _version(tensor: Any) -> int | None:
 def _captured_by(fn: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a function refers to, and modules' parameters, by their names."""
     if isinstance(fn, functools.partial):
-        values: dict[Any, Any] = {**dict(enumerate(fn.args)), **fn.keywords}
+        positional = {f"argument {i}": value for i, value in enumerate(fn.args)}
+        values: dict[str, Any] = {**positional, **fn.keywords}
         yield from _captured_by(fn.func)
     elif inspect.isfunction(fn) or inspect.ismethod(fn):
         found = inspect.getclosurevars(fn)
         values = {**found.globals, **found.nonlocals, "self": getattr(fn, "__self__", None)}
     else:
-        values = {"fn": fn} if isinstance(fn, torch.nn.Module) else vars(fn)
+        values = {"fn": fn} if isinstance(fn, torch.nn.Module) else getattr(fn, "__dict__", {})
     for name, value in values.items():
         if isinstance(value, Tensor):
-            yield str(name), value
+            yield name, value
         elif isinstance(value, torch.nn.Module):
             for inner, parameter in value.named_parameters():
                 yield f"{name}.{inner}", parameter
@@ -189,15 +203,14 @@ def map_logits(
     rows_in = (True,) * len(rows) + (False,) * len(shared)
     with outside_autocast(layer.x):
         function, like, is_alone = _seen(MappedRows(fn, rows_in), operands, dtype)
-        if reduction == "none":
-            values = results_of(function, how, operands, counted)
-            results = [counted.read_zeros(v).reshape(*shape, *v.shape[1:]) for v in values]
-        else:
-            results = _reduced(function, how, operands, counted, like)
-            if reduction == "mean":
-                number = counted.number(count)
-                results = [mean_over(result, number) for result in results]
-            results = [cast(r, v.dtype) for r, v in zip(results, like, strict=True)]
+        first, *_ = like
+        is_number = len(like) == 1 and first.dim() == 1 and first.is_floating_point()
+        results = rows_or_total(
+            function, how, operands, counted, reduction, shape, is_number=is_number
+        )
+        # A sum of integers is an integer, and a mean of them is a float, as torch has it.
+        pairs = zip(results, like, strict=True)
+        results = [cast(r, v.dtype) if v.is_floating_point() else r for r, v in pairs]
     return results[0] if is_alone else tuple(results)
 
 
@@ -206,13 +219,18 @@ def _seen(
 ) -> tuple[MappedRows, tuple[Tensor, ...], bool]:
     """The function with the number of its results, these for a row of zeros, and if it is alone.
 
-    No number is looked at: this shows of what form the results are. As the function can't branch
-    on the data, whatever it captures is in them too.
+    No number of a row is looked at: the results show their form, and what the function captures.
+    It can't branch on a row, nor on a tensor that an outer `vmap` maps, which is a row here.
     """
     (layer,), others = operands
-    pairs = zip(others, function.rows_in, strict=True)
+    rows_in = tuple(
+        has_rows or (t is not None and is_batched(t))
+        for t, has_rows in zip(others, function.rows_in, strict=True)
+    )
+    triples = zip(others, function.rows_in, rows_in, strict=True)
     row = tuple(
-        t if t is None else _zero_row(t) if has_rows else t.detach() for t, has_rows in pairs
+        t if t is None else _zero_row(t if has_rows else t[None]) if is_row else t.detach()
+        for t, has_rows, is_row in triples
     )
     logits = torch.zeros((1, layer.W.shape[0]), dtype=dtype, device=layer.x.device)
     are_alone = []
@@ -223,30 +241,19 @@ def _seen(
         return results
 
     with torch.enable_grad():
-        like = replace(function, fn=fn)((logits,), row)
+        like = replace(function, fn=fn, rows_in=rows_in).mapped((logits,), row)
     (is_alone,) = are_alone
     function = replace(function, number=len(like), is_strict=is_differentiated())
-    if function.is_strict:
-        function.refuse([value for value in like if is_moving(value)])
+    # A compiler maps a captured tensor as it should be.
+    is_compiled = torch.compiler.is_compiling()
+    function.refuse(
+        [
+            value
+            for value in like
+            if (function.is_strict and is_moving(value)) or (not is_compiled and is_batched(value))
+        ]
+    )
     return function, like, is_alone
-
-
-def _reduced(
-    function: MappedRows,
-    how: How,
-    operands: Operands,
-    counted: Counted,
-    like: tuple[Tensor, ...],
-) -> list[Tensor]:
-    """The sum of each result over the rows that count."""
-    first, *more = like
-    if not more and first.dim() == 1 and first.is_floating_point():
-        factors = (None if counted.mask is None else counted.mask.to(first.dtype),)
-        return [sum_of(function, how, operands, factors, counted)]
-    return [
-        counted.read_zeros(counted.select(values)).sum(0, dtype=sum_dtype(values))
-        for values in results_of(function, how, operands, counted)
-    ]
 
 
 def _check(
