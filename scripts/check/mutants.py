@@ -141,6 +141,15 @@ def zero(value: Any) -> Any:
     return None if value is None else value * 0
 
 
+def nothing(*_: Any) -> None:
+    """Do nothing."""
+
+
+def in_front(index: Any) -> Any:
+    """The first rows, as many as count."""
+    return None if index is None else torch.arange(len(index))
+
+
 def half(value: Any) -> Any:
     """Half of each number."""
     return value / 2
@@ -265,11 +274,7 @@ CHANGES: dict[str, list[tuple[str, str, Change | str]]] = {
             "Counted.read_others",
             lambda f: lambda s, t: s.read_zeros(t),
         ),
-        (
-            "left out: results before the rest",
-            "Counted.restore",
-            given(self__index=lambda rows: None if rows is None else torch.arange(len(rows))),
-        ),
+        ("left out: losses before the rest", "Counted.restore", given(self__index=in_front)),
         ("left out: multiplied all the same", "has_numbers", returning(False)),
     ],
     "losses/logits.py": [
@@ -292,12 +297,15 @@ CHANGES: dict[str, list[tuple[str, str, Change | str]]] = {
         ("JSD: nan where one is −∞", ".masked_fill(log == -torch.inf, 0)", ""),
         ("distillation: T for T²", "values = (self.temperature**2", "values = (self.temperature"),
         ("distillation: T for T² in the definition", "**2 * value", " * value"),
-        ("distillation: the sides swapped", "range(2), self.shares", "range(2), self.shares[::-1]"),
-        ("distillation gradient: T = 1", "return self.temperature * g", "return g"),
-        ("distillation gradient: forget the factor", " * per_row(factor, g)", ""),
+        (
+            "distillation: the sides swapped",
+            "Divergence.first",
+            given(at__logits=lambda z: z[::-1]),
+        ),
+        ("distillation: forget the factor", "Divergence.first", given(at__results=(1.0,))),
     ],
     "losses/mapped.py": [
-        ("map: what is captured is no error", "MappedRows.refuse", returning(None)),
+        ("map: what is captured is no error", "MappedRows.refuse", lambda f: nothing),
         ("map: rows may draw noise", 'randomness="error"', 'randomness="different"'),
         ("map: fn may write to its rows", "if versions != ", "if False and versions != "),
     ],
@@ -320,12 +328,8 @@ CHANGES: dict[str, list[tuple[str, str, Change | str]]] = {
             lambda f: lambda rows, step: f(rows - rows % step if rows > step else rows, step),
         ),
         ("chunks: sums of the last one alone", "total += part", "total.copy_(part)"),
-        ("left out: read all the same", "read", given(index=None)),
-        (
-            "left out: put back in the first rows",
-            "index_copy(0, index",
-            "index_copy(0, index - index[:1]",
-        ),
+        ("left out: the first rows are read", "read", given(index=in_front)),
+        ("left out: results before the rest", "restored", given(index=in_front)),
         ("total: forget the gradient from above", "scaled_", lambda f: lambda g, scale: g),
         ("total: forget the factors", "sum_of_products", given(factors=lambda f: (None,) * len(f))),
         (
@@ -341,21 +345,37 @@ CHANGES: dict[str, list[tuple[str, str, Change | str]]] = {
             "add_pulled_to_classes_",
             given(total=torch.zero_),
         ),
-        ("linear Hessian: no uW g", "add_pulled_to_rows_", lambda f: lambda *args: None),
+        ("linear Hessian: no uW g", "add_pulled_to_rows_", lambda f: nothing),
         ("linear Hessian: no ux Wᵀ", "add_multiplied_", lambda f: lambda out, x, W: out),
     ],
     "losses/_sweeps.py": [
-        ("linear Hessian: skip a change of x", "second_order", given(along__layers__x=None)),
-        ("linear Hessian: skip a change of W", "second_order", given(along__layers__W=None)),
-        ("linear Hessian: skip a change of b", "second_order", given(along__layers__b=None)),
-        ("linear Hessian: no g uxᵀ", "add_pulled_to_classes_(out.W, g, self.ux)", "pass"),
+        (
+            "linear Hessian: skip a change of x",
+            "for u in along))",
+            "for u in along))._replace(x=None)",
+        ),
+        (
+            "linear Hessian: skip a change of W",
+            "for u in along))",
+            "for u in along))._replace(W=None)",
+        ),
+        (
+            "linear Hessian: skip a change of b",
+            "for u in along))",
+            "for u in along))._replace(b=None)",
+        ),
+        (
+            "linear Hessian: no g uxᵀ",
+            "add_pulled_to_classes_(out.W, g, self.ux)",
+            "pass",
+        ),
         ("many directions: what the first one does, for each", "u[group]", "u[: len(u[group])]"),
         ("linear: ∂L/∂b of the last block alone", "b.add_(gradient", "b.copy_(gradient"),
         ("linear: ∂L/∂z of one block alone", "to[block] = gradient", "pass"),
         (
             "linear: ∂L/∂x over the first chunk's",
-            "self.layer.W, out.x[self.rows]",
-            "self.layer.W, out.x[: len(g)]",
+            "g, self.layer.W, out.x[self.rows]",
+            "g, self.layer.W, out.x[: len(g)]",
         ),
         (
             "linear: skip the bias of few classes",
@@ -383,7 +403,9 @@ CHANGES: dict[str, list[tuple[str, str, Change | str]]] = {
         ("compiled: gradients without a graph", "torch.is_grad_enabled() or more", "more"),
     ],
     "losses/_dtypes.py": [("half precision is summed in half", "sum_dtype", returning(None))],
-    "_transforms.py": [("inference mode: func gives 0", "refuse_inference_mode", returning(None))],
+    "_transforms.py": [
+        ("inference mode: func gives 0", "refuse_inference_mode", lambda f: nothing)
+    ],
     "causal_lm.py": [("causal LM: a scale that is rounded", "scale = 1.0", "pass")],
     "optim/_objective.py": [
         ("objective: forget the penalty", "Objective.penalty", returning(0.0)),

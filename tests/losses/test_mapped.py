@@ -442,6 +442,18 @@ def test_a_mask_selects_rows(reduction, chunk_size, counts):
         assert_same(torch.autograd.grad(actual, inputs, upstream), theirs)
 
 
+def test_rows_left_out_by_a_mask_that_is_mapped_are_no_rows_of_0():
+    """Where the derivative of the function is infinite."""
+    x, W, *_ = problem()
+    masks = torch.stack([torch.arange(N) % 3 == 1, torch.arange(N) % 3 > 0])
+
+    def loss(mask):
+        return map_logits(lambda z: z.square().sum().sqrt(), x, W, mask=mask, reduction="sum")
+
+    losses = (torch.vmap(loss)(masks), torch.stack([loss(mask) for mask in masks]))
+    assert_same(*(torch.autograd.grad(loss.sum(), (x, W)) for loss in losses))
+
+
 # Precision, and inference mode.
 
 
