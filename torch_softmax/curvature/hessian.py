@@ -20,7 +20,7 @@ from ..optim._hessian import (
     moments_of,
     rows_to_hold,
 )
-from ._directions import Direction, as_given, directions_of, flat, joined, parted, unflat
+from ._directions import Direction, as_given, directions_of
 from ._rows import Batches, Data, layer_of
 from ._scipy import largest_eigenvalues, linear_operator
 from ._solve import solved
@@ -203,27 +203,23 @@ class HeadHessian:
         curvature (2015), section 3.
         """
         classes, features = self.layer.W.shape
+        size = features + (self.layer.b is not None)
         outer = self._sum(
             add_outer_,
             Outer(
-                self._zeros(features, features),
-                self._zeros(features),
+                self._zeros(size, size),
                 self._zeros(classes),
                 None if diagonal else self._zeros(classes, classes),
                 self._zeros(dtype=torch.float64),
             ),
         )
-        weight, of_input = outer.weight.to(self.dtype), outer.of_input
-        if self.layer.b is not None:
-            ones = outer.of_ones.unsqueeze(1)
-            below = torch.cat([ones.t(), weight.view(1, 1)], 1)
-            of_input = torch.cat([torch.cat([of_input, ones], 1), below])
-        of_classes = outer.diagonal
+        weight, of_input, of_classes = outer.weight.to(self.dtype), outer.of_input, outer.diagonal
         if outer.of_classes is not None:
             of_classes = -outer.of_classes
             # On the diagonal, S − S² would be a small difference of large numbers.
             of_classes.diagonal().copy_(outer.diagonal)
-        if self.data.are_weighted and not bool(weight) and bool(of_input.any() | of_classes.any()):
+        is_weighted = self.data.has_negative is not None
+        if is_weighted and not bool(weight) and bool(of_input.any() | of_classes.any()):
             raise ValueError("row_weight must not add up to 0, which the factors are divided by")
         return Kronecker(of_input / torch.where(weight == 0, 1, weight), of_classes)
 
@@ -256,19 +252,19 @@ class HeadHessian:
         tolerance = checks.number("tolerance", tolerance)
         checks.finite("tolerance", tolerance, above_zero=True)
         right, single = directions_of("g", g, self.layer, self.dtype)
-        held = self._to_hold()
+        held, (classes, features) = self._to_hold(), self.layer.W.shape
         with torch.no_grad():
-            curvature = float(self._traces(held).of_classes) / max(1, len(self.layer.W) - 1)
+            curvature = float(self._traces(held).of_classes) / max(1, classes - 1)
             precondition = Preconditioner(
                 self._moments(), curvature, self.weight_decay + damping, None
             )
 
             def multiply(v: Tensor) -> Tensor:
-                product = self._products(parted(v, self.layer), held)
-                return joined(product).add_(v, alpha=damping)
+                product = self._products(Layer.split(v, features), held)
+                return torch.add(product.join(), v, alpha=damping)
 
-            u = solved(multiply, joined(right), precondition, tolerance)
-        return as_given(parted(u, self.layer), single)  # type: ignore[return-value]
+            u = solved(multiply, right.join(), precondition, tolerance)
+        return as_given(Layer.split(u, features), single)  # type: ignore[return-value]
 
     def as_linear_operator(self) -> "LinearOperator":
         """This operator as a `scipy.sparse.linalg.LinearOperator`, of the extra [curvature].
@@ -279,7 +275,7 @@ class HeadHessian:
         Raises:
             UserError: SciPy is not installed.
         """
-        return self._linear_operator(None)
+        return linear_operator(self._products, self.layer, self.dtype)
 
     def eigenvalues(self, k: int = 6) -> Tensor:
         """The k largest eigenvalues, (k), from the largest on, by SciPy's Lanczos.
@@ -301,15 +297,9 @@ class HeadHessian:
         size, _ = self.shape
         if k >= size:
             raise ValueError(f"k must be less than {size}, the order of the Hessian, got {k}")
-        operator = self._linear_operator(self._to_hold())
+        held = self._to_hold()
+        operator = linear_operator(lambda u: self._products(u, held), self.layer, self.dtype)
         return largest_eigenvalues(operator, checks.integer("k", k))
-
-    def _linear_operator(self, held: Held | None) -> "LinearOperator":
-        def multiply(vectors: Tensor) -> Tensor:
-            return flat(self._products(unflat(vectors, self.layer), held))
-
-        size, _ = self.shape
-        return linear_operator(multiply, size, self.dtype, self.device)
 
     # The passes over all rows.
 
@@ -337,8 +327,9 @@ class HeadHessian:
         """The moments of all rows, in the dtype of the products."""
         zeros = self._zeros(self.layer.W.shape[1], dtype=torch.float64)
         bias = self.layer.b is not None
-        mean, second, _ = moments_of(self.data, self.layout, zeros, bias=bias)
-        return Moments(None if mean is None else mean.to(self.dtype), second.to(self.dtype))
+        mean, second, made_in = moments_of(self.data, self.layout, zeros, bias=bias)
+        mean = None if mean is None else mean.to(self.dtype)
+        return Moments(mean, second.to(self.dtype), made_in)
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)

@@ -70,11 +70,11 @@ def predictive_variance(
     rows = hessian.data.batch(input).rows
     summed = copy.copy(hessian)
     summed.reduction = "sum"
-    summed.data = copy.copy(hessian.data)
-    summed.data.may_be_negative = False  # as a matrix that isn't positive has no such variances
     make = _diagonal if structure == "diagonal" else _kronecker
     with outside_autocast(input):
         variance_of = make(summed, precision, structure)
+        if hessian.data.has_negative:  # such a matrix may not be positive
+            raise ValueError("hessian must have row weights of at least 0, got one below")
         variances = [
             variance_of(cast(rows.read(part), hessian.dtype))
             for part in slices(len(rows), hessian.layout.step)

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from ..losses._chunked import cut
 from ..losses._dtypes import accumulation_dtype, outside_autocast
-from ..optim._hessian import Logits, by_row, layout_of
+from ..optim._hessian import Logits, blocks, layout_of
 from ._rows import Data, layer_of
 
 
@@ -59,9 +58,8 @@ def sample_labels(
     logits, are_finite = Logits(layout), torch.ones((), dtype=torch.bool, device=device)
     with outside_autocast(input):
         for chunk in layout.chunks([batch]):
-            z = by_row(logits.at(chunk.x, *layer))
-            for block in layout.blocks(z):
-                drawn, total = _invert(cut(z, block), u[chunk.part][block])
+            for block, (z,) in blocks(logits.at(chunk.x, *layer)):
+                drawn, total = _invert(z, u[chunk.part][block])
                 labels[chunk.part][block] = drawn
                 are_finite &= total.isfinite().all()
     if not bool(are_finite):

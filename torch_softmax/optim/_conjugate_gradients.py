@@ -47,8 +47,8 @@ class Preconditioner:
     def __init__(
         self, moments: Moments, curvature: float, weight_decay: float, known: Known | None
     ) -> None:
-        self.mean, second, made_in = moments
-        epsilon = torch.finfo(made_in or second.dtype).eps
+        self.mean, second, self.made_in = moments
+        epsilon = torch.finfo(self.made_in).eps
         self.of_bias = max(curvature, epsilon)
         self.matrix = second * self.of_bias
         self.matrix.diagonal().add_(weight_decay)
@@ -121,7 +121,6 @@ def solve(
     precondition: Preconditioner,
     accuracy: Accuracy,
     *,
-    made_in: torch.dtype | None = None,
     learn: bool = True,
 ) -> Solution:
     """Conjugate gradients for H u = −∇f.
@@ -131,7 +130,6 @@ def solve(
         gradient: ∇f.
         precondition: An approximation of H⁻¹.
         accuracy: How far to go.
-        made_in: The dtype that products with H are made in; None for that of the gradient.
         learn: Whether the preconditioner learns from the directions, in memory for some of them.
     """
     u, residual = torch.zeros_like(gradient), gradient.clone()
@@ -140,7 +138,7 @@ def solve(
     enough = accuracy.relative**2 * size
     # Along a direction of less than this part of the curvature expected, as where S is one-hot for
     # all examples, rounding hides what there is: a solution would lie beyond all meaning.
-    flat = math.sqrt(torch.finfo(made_in or gradient.dtype).eps)
+    flat = math.sqrt(torch.finfo(precondition.made_in).eps)
     known: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MAX_DIRECTIONS if learn else 0)
     products = 0
     while products < _MAX_PRODUCTS:

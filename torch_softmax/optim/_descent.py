@@ -171,10 +171,7 @@ class Descent:
         precondition = Preconditioner(self.moments, curvature, objective.weight_decay, self.known)
         # The last system is solved no further than the tolerance asks for.
         accuracy = Accuracy(_FORCING, 0.8 * self._enough(goal))
-        made_in = objective.x.dtype
-        u, self.known, products = solve(
-            hessian, self.point.gradient, precondition, accuracy, made_in=made_in
-        )
+        u, self.known, products = solve(hessian, self.point.gradient, precondition, accuracy)
         self.products = products
         # No product sees what all classes have in common, which rounding lets grow.
         descended = descend(self.judge, self.point, u - u.mean(0))
@@ -254,5 +251,4 @@ def descend(objective: Objective, point: Point, u: Tensor) -> Point | None:
             trial = line.to(length)
             if dot(trial.gradient, u) <= 0:
                 return trial
-            line = line if length == 1 else Line(objective, point, u)
     return None

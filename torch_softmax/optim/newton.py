@@ -12,12 +12,13 @@ from ..losses._dtypes import outside_autocast
 from ..modules import SoftmaxRegression
 from ._descent import Descent, Goal, Result
 from ._hessian import alone
-from ._objective import IGNORED, Objective
+from ._objective import Objective
 from ._rows import Rows, memory_of
 
 __all__ = ["Result", "minimize"]
 
 ALONE = Ranks()
+IGNORED = -100  # the class index that leaves an example out, torch's default
 _MATRICES = 4  # (D, D) in float64, that are there at once
 
 
