@@ -32,13 +32,13 @@ class Known(NamedTuple):
 class Preconditioner:
     """An inverse of H ≈ c I ⊗ X̃ᵀX̃/N + λ, with c the mean curvature, that knows some products.
 
-    X̃ is x with a column of ones for the bias, and λ is that of the weight alone. With the mean μ of
-    x, the matrix C of its second moments about μ, and M = c C + λ, the inverse takes r = (r_W, r_b)
-    to W = M⁻¹ (r_W − r_b μᵀ) and b = r_b / c − W μ. M is scaled to a diagonal of ones, so that
-    neither where the features lie nor their units make a difference.
+    X̃ is x with a column of ones for the bias, which has no λ. With the mean μ of x, the matrix C of
+    its second moments about μ, and M = c C + λ, the inverse A⁻¹ takes r = (r_W, r_b) to
+    W = M⁻¹ (r_W − r_b μᵀ) and b = r_b / c − W μ. M is scaled to a diagonal of ones, so that neither
+    the means nor the units of the features make a difference.
 
-    The products are those of the Newton step before. Their directions dᵢ are conjugate, and
-    (I − Σ dᵢ(H dᵢ)ᵀ) A⁻¹ (I − Σ (H dᵢ)dᵢᵀ) + Σ dᵢdᵢᵀ, with A⁻¹ the inverse above, is exact on them.
+    The known directions dᵢ of the Newton step before are conjugate, and
+    (I − Σ dᵢ(H dᵢ)ᵀ) A⁻¹ (I − Σ (H dᵢ)dᵢᵀ) + Σ dᵢdᵢᵀ is exact on them.
 
     Source: Morales and Nocedal, Automatic preconditioning by limited memory quasi-Newton updating
     (2000).
