@@ -164,14 +164,14 @@ TEXTS = [
     Text(
         "hessian: what the rows count is left out",
         "optim/_hessian.py",
-        "chunk.weighted(product.flatten(1, 2), block)",
-        "product.flatten(1, 2)",
+        "chunk.weighted(product, block)",
+        "product",
     ),
     Text(
         "newton: trials of half the length",
         "optim/_objective.py",
-        "else torch.lerp(z, end, length)",
-        "else torch.lerp(z, end, length / 2)",
+        "torch.lerp(z, end, length / self.length)",
+        "torch.lerp(z, end, length / 2)",
     ),
     Text(
         "curvature: the diagonal of x, not of its square",

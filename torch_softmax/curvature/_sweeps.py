@@ -1,4 +1,4 @@
-"""What the Hessian's parts come to, added up over all rows in tensors that are given."""
+"""Sums over all rows that make up parts of the Hessian, added to tensors that are given."""
 
 from typing import NamedTuple
 

@@ -21,8 +21,8 @@ def sample_labels(
     """Draw one label for each row from the softmax of its logits, p(k | x) = S_k(x Wᵀ + b).
 
     The gradients of the loss at such labels have the Fisher matrix as their second moment. Each
-    row has a random number of its own, so that neither the chunks nor the rows after it matter to
-    its label, but where the number falls on the border of two classes to rounding.
+    row has a random number of its own, so that its label depends on neither the chunks nor the rows
+    after it, except where rounding decides between two classes.
 
     Args:
         input: x, (..., D), of a floating-point dtype.

@@ -101,17 +101,17 @@ class Preconditioner:
 
 
 class Solution(NamedTuple):
-    """Of a linear system: u, what was learnt of H on the way, and the number of products."""
+    """The solution of a linear system."""
 
     u: Tensor
-    known: Known | None
-    products: int
+    known: Known | None  # what was learnt of H on the way
+    products: int  # how many it took
 
 
 class Accuracy(NamedTuple):
-    """How far a system H u = −∇f is solved: to either of these."""
+    """How far to solve H u = −∇f, by the residual r = H u + ∇f: until either is reached."""
 
-    relative: float  # rᵀA⁻¹r of the residual r = H u + ∇f, to that of ∇f; √ of both
+    relative: float  # √(rᵀA⁻¹r), as a part of √(∇fᵀA⁻¹∇f)
     absolute: float  # ‖r‖₂
 
 
@@ -123,21 +123,16 @@ def solve(
     *,
     learn: bool = True,
 ) -> Solution:
-    """Conjugate gradients for H u = −∇f.
+    """Conjugate gradients for H u = −∇f, with H positive semi-definite.
 
-    Args:
-        hessian: H, positive semi-definite.
-        gradient: ∇f.
-        precondition: An approximation of H⁻¹.
-        accuracy: How far to go.
-        learn: Whether the preconditioner learns from the directions, in memory for some of them.
+    What is learnt for the next preconditioner takes memory for some directions and their products.
     """
     u, residual = torch.zeros_like(gradient), gradient.clone()
     z = precondition(residual)
     d, size = -z, dot(residual, z)
     enough = accuracy.relative**2 * size
-    # Along a direction of less than this part of the curvature expected, as where S is one-hot for
-    # all examples, rounding hides what there is: a solution would lie beyond all meaning.
+    # Rounding hides a curvature below this part of the expected one, as where S is one-hot for all
+    # examples: a solution would be meaningless.
     flat = math.sqrt(torch.finfo(precondition.made_in).eps)
     known: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MAX_DIRECTIONS if learn else 0)
     products = 0

@@ -31,7 +31,7 @@ _CACHED_INPUT, _CACHED_LOGITS, _LAUNCHED = 2**20, 2**17, 2**26
 
 
 class Layer(NamedTuple):
-    """A linear layer, z = x Wᵀ + b; or M directions of it, W (M, K, D) and b (M, K)."""
+    """A linear layer, z = x Wᵀ + b; or M directions of its W (M, K, D) and b (M, K)."""
 
     W: Tensor  # (K, D)
     b: Tensor | None  # (K,)
@@ -63,17 +63,11 @@ class Layout:
 
     Logits are (n, K). Few classes are (parts, K, n / parts) instead: each core multiplies a part of
     its own, which takes a quarter less time than one product that all cores share.
-
-    Args:
-        classes: K.
-        dtype: The dtype of logits and S.
-        step: The number of rows of a chunk.
-        parts: The number of parts of a chunk.
     """
 
-    classes: int
-    dtype: torch.dtype
-    step: int
+    classes: int  # K
+    dtype: torch.dtype  # of logits and S
+    step: int  # the number of rows of a chunk
     parts: int
 
     def chunks(self, batches: Iterable[Batch]) -> Iterator["Chunk"]:
@@ -200,21 +194,13 @@ class Held:
 
 @dataclass(frozen=True)
 class Softmaxes:
-    """S of all rows, a chunk at a time; it is computed once, as far as there is room to hold it.
+    """S of all rows, a chunk at a time; it is computed once, as far as there is room to hold it."""
 
-    Args:
-        batches: The rows; gone over again in every pass.
-        layer: The layer.
-        layout: How the rows are cut.
-        held: Where S is held; None for a single pass.
-        logits: Logits of the first chunks, where they are known.
-    """
-
-    batches: Iterable[Batch]
+    batches: Iterable[Batch]  # read again in every pass
     layer: Layer
     layout: Layout
-    held: Held | None = None
-    logits: Held | None = None
+    held: Held | None = None  # where S is held; None for a single pass
+    logits: Held | None = None  # of the first chunks, where they are known
 
     def __iter__(self) -> Iterator[tuple[Chunk, Tensor]]:
         logits = Logits(self.layout)
@@ -257,14 +243,10 @@ def add_products_(out: Layer, softmaxes: Softmaxes, directions: Layer) -> None:
 
 
 class Moments(NamedTuple):
-    """The first and second moments of rows x, that may be weighted.
-
-    Where there is a bias, the second moments are those of x − mean, so that a large mean does not
-    hide them in rounding; and otherwise those of x.
-    """
+    """The first and second moments of rows x, that may be weighted."""
 
     mean: Tensor | None  # (D,), where there is a bias
-    second: Tensor  # (D, D)
+    second: Tensor  # (D, D), of x − mean, as rounding would hide them beside a large mean; or of x
     made_in: torch.dtype  # the dtype of the products
 
 
@@ -283,12 +265,8 @@ def moments_of(
 ) -> Moments:
     """The moments of all rows, each weighted by the size of its factor.
 
-    Args:
-        batches: The rows; gone over twice where there is a bias, and once otherwise.
-        layout: How many rows to read at a time, and the dtype of products.
-        zeros: (D,), of the dtype and on the device of the sums.
-        bias: Whether the layer has one.
-        total: Adds up a tensor over all processes.
+    Sums have the dtype and device of some zeros (D,), and are totalled over all ranks. Rows are
+    read twice if there is a bias.
     """
 
     def average(

@@ -6,9 +6,9 @@ v = (W, b) are the parameters of a linear layer, (K, P): with P = D + 1, the las
 with P = D where there is no bias. The weights w of the examples are 1 unless they are given. v and
 sums over examples are in float64 where the device has that, and products in the dtype of x.
 
-A point holds its logits, as far as there is room, and the Hessian at the point makes S of them. A
-step's end has logits of its own, so that no rounding adds up from step to step, and a shorter step
-has logits in between: no trial of the line search takes a product.
+A point holds its logits, as far as there is room, and the Hessian at the point takes S from them.
+The logits at a step's end are computed anew, so that no rounding adds up from step to step, and a
+shorter step interpolates: no trial of the line search takes a product.
 """
 
 import copy
@@ -94,10 +94,7 @@ class Objective:
         self._set_decay(weight_decay)
 
     def _in_means(self, weight: Tensor | None) -> tuple[Tensor | None, float]:
-        """Weights in parts of their mean over all processes, and the number of all examples.
-
-        However small or large they are, they fit in the dtype of the products so.
-        """
+        """Weights in parts of their mean over all ranks, which fit any dtype, and all examples."""
         x, sums = self.x, self.sums
         w = None if weight is None else weight.to(x.device, sums)
         here = torch.tensor([len(x), len(x)], dtype=sums, device=x.device)
@@ -140,10 +137,9 @@ class Objective:
         self.decay[:features] = weight_decay
 
     def about_mean(self, moments: Moments) -> "Objective":
-        """This objective, multiplied about the mean of the rows where that is far from 0.
+        """This objective, with rows x − μ where a mean μ is so large that it hides how they differ.
 
-        Rows are multiplied as x − μ then, with W x + b = W (x − μ) + (b + W μ), as rounding would
-        hide how they differ.
+        W x + b = W (x − μ) + (b + W μ).
         """
         mean = moments.mean
         if mean is None or not bool((mean.square() > _FAR**2 * moments.second.diagonal()).any()):
