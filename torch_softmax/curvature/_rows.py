@@ -24,8 +24,9 @@ def layer_of(linear_weight: object, linear_bias: object, input: object) -> Layer
     checks.floating("linear_weight", linear_weight)
     assert isinstance(linear_weight, Tensor)
     named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
-    for name, value in named.items():
-        if isinstance(value, Tensor) and not is_plain(value):
+    given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    for name, value in given.items():
+        if not is_plain(value):
             raise NotImplementedError(
                 f"{name} must be whole in this process, as its full_tensor() is, "
                 f"got a {type(value).__name__}"
@@ -36,10 +37,8 @@ def layer_of(linear_weight: object, linear_bias: object, input: object) -> Layer
             f"got {tuple(linear_weight.shape)}"
         )
     checks.linear_layer(linear_weight, linear_weight, linear_bias)
-    assert linear_bias is None or isinstance(linear_bias, Tensor)
-    given = [t for t in (linear_weight, linear_bias, input) if isinstance(t, Tensor)]
-    dtype = widest(*(t.dtype for t in given if t.is_floating_point()))
-    return Layer(linear_weight, linear_bias).map(lambda t: cast(t.detach(), dtype))
+    dtype = widest(*(t.dtype for t in given.values() if t.is_floating_point()))
+    return Layer(linear_weight, given.get("linear_bias")).map(lambda t: cast(t.detach(), dtype))
 
 
 class Data:
@@ -62,20 +61,17 @@ class Data:
         ignore_index: int,
         layer: Layer,
     ) -> None:
-        self.layer = layer
-        self.options = NO_OPTIONS._replace(
-            ignore_index=checks.integer("ignore_index", ignore_index)
-        )
-        self.number = 0  # of rows that count, once they were gone over
-        self.sums: Tensor | None = None  # what the batches are known by, once they were
-        self.may_be_negative = True  # the factors
-        self.are_weighted = False  # whether some have a factor, once they were gone over
-        self.batches: Batches
+        index = checks.integer("ignore_index", ignore_index)
+        self.layer, self.options = layer, NO_OPTIONS._replace(ignore_index=index)
+        self.number = 0  # of rows that count, in the last pass
+        # Whether a factor is below 0, in the last pass; None where no row has one.
+        self.has_negative: Tensor | None = None
+        self.sums: Tensor | None = None  # what the batches of the first pass are known by
         self.are_given = isinstance(input, Tensor)
+        self.batches: Batches = input
         if isinstance(input, Tensor):
             self.batches = [self.batch(input, target, row_weight)]
             return
-        self.batches = input
         if not isinstance(input, Iterable):
             raise TypeError(
                 f"input must be a tensor or an iterable of batches, got {type(input).__name__}"
@@ -93,24 +89,28 @@ class Data:
         """The rows of each batch.
 
         Raises:
-            ValueError: Their sums are others than the time before.
+            ValueError: What enters the sum over all rows is not what it was in the first pass.
         """
-        self.number, sums = 0, torch.zeros(2, 4, dtype=torch.float64)
+        self.number, self.has_negative = 0, None
+        sums = torch.zeros(2, 4, dtype=torch.float64)
         for given in self.batches:
             batch = given if self.are_given else self.batch(*_parts(given))
             self.number += len(batch.rows)
+            if batch.factor is not None:
+                here = ~(batch.factor >= 0).all()
+                self.has_negative = here if self.has_negative is None else self.has_negative | here
             if not self.are_given:
                 sums += _sums(batch)
-            if batch.factor is not None:
-                self.are_weighted = True
-                if not (self.may_be_negative or bool((batch.factor >= 0).all())):
-                    raise ValueError("hessian must have row weights of at least 0, got one below")
             yield batch
-        before, self.sums = self.sums, None if self.are_given else sums
-        if before is not None and not bool(((sums - before)[0].abs() <= _SAME * sums[1]).all()):
+        if self.are_given:
+            return
+        self.sums = sums if self.sums is None else self.sums
+        (change, _), (_, sizes) = (sums - self.sums).abs(), sums
+        if not bool((change <= _SAME * sizes).all()):
             raise ValueError(
-                "input must give the same rows each time, as one operator is a sum over them, got "
-                "others: a DataLoader must not have both shuffle and drop_last"
+                "input must give the same rows each time, with the same targets and row weights, "
+                "as one operator is a sum over them, got others: a DataLoader must draw nothing "
+                "but their order at random, and not have both shuffle and drop_last"
             )
 
     def batch(
@@ -153,7 +153,7 @@ def _sums(batch: Batch) -> Tensor:
     Other rows, or other weights, have the same sums only by chance.
     """
     x = batch.rows.read(slice(0, len(batch.rows))).double()
-    # Directions of whole numbers or of few digits would be chances: these have many.
+    # A direction of whole numbers or of few digits would give chances: this one has many digits.
     direction = torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device).sqrt().sin()
     s = (x @ direction).sin()
     r = torch.ones_like(s) if batch.factor is None else batch.factor.double()

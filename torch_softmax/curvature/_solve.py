@@ -1,8 +1,7 @@
 """Linear systems with a Hessian, of many right-hand sides at once, by Newton's conjugate gradients.
 
-M systems H u_m = g_m are one, whose matrix has H in M blocks on its diagonal. Its eigenvalues are
-those of H, so that conjugate gradients need as many steps as for one system, of which each
-multiplies M directions at once.
+M systems H u_m = g_m are one system, with M blocks H on the diagonal. It has the eigenvalues of H,
+so that it takes as many steps as one system, each with a product of M directions.
 """
 
 from collections.abc import Callable

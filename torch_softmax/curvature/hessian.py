@@ -20,7 +20,7 @@ from ..optim._hessian import (
     moments_of,
     rows_to_hold,
 )
-from ._directions import Direction, as_given, directions_of, flat, joined, parted, unflat
+from ._directions import Direction, as_given, directions_of
 from ._rows import Batches, Data, layer_of
 from ._scipy import largest_eigenvalues, linear_operator
 from ._solve import solved
@@ -51,26 +51,25 @@ class HeadHessian:
 
         H = 1/N Σ_n r_n (diag S_n − S_n S_nᵀ) ⊗ x̃_n x̃_nᵀ,  S = softmax(x Wᵀ + b)
 
-    where x̃ is x, with a 1 for the bias. It is the Gauss-Newton and the Fisher matrix as well, and
-    it is never held: each result is one pass over the rows, in memory for `chunk_size` rows of
-    logits. The labels only say which rows count, and may be left out. `solve` and `eigenvalues`,
-    which go over the rows again and again, hold S of those for which a quarter of the memory
-    suffices while they are at work, where the input is a tensor and no `chunk_size` is given.
+    where x̃ is x, with a 1 for the bias. H is the Gauss-Newton and the Fisher matrix too. It is
+    never held: each result is one pass over the rows, in memory for `chunk_size` rows of logits.
+    `solve` and `eigenvalues` take many passes. For a tensor without a `chunk_size`, they hold S of
+    as many rows as fit in a quarter of the memory.
 
     `H @ u` multiplies a direction u of the parameters: (C, D), or a pair (C, D) and (C) where there
     is a bias. M directions at once, (M, C, D), or a pair (M, C, D) and (M, C), share the logits:
     they take 1 + 2 M matrix products of the layer, where one by one they take 3 M.
 
-    All results are in float32, or in float64 where the layer or the input is. They have no
-    gradient, and neither the layer nor the input may change as long as there is the operator.
+    Results are float32, or float64 where the layer or the input is, and have no gradient. No
+    tensor that is given may be changed in place while the operator is used. Batches may come in
+    any order, but rows, their weights and which of them count must be the same in every pass.
 
     Args:
-        input: x, (..., D); or batches, in anything that can be gone over again, as a DataLoader of
-            features can: each is a tensor (..., D), or a tuple of it with its target, and with its
-            row weights behind that.
+        input: x, (..., D); or an iterable of batches that can be repeated, as a DataLoader: each is
+            x, or a tuple (x, target) or (x, target, row_weight).
         linear_weight: W, (C, D), of a floating-point dtype.
-        target: Class indices (...), of which `ignore_index` leaves its row out; or probabilities
-            (..., C), of which each row counts by their sum. None where all rows count.
+        target: Class indices (...) or probabilities (..., C), or None. They only tell which rows
+            count: `ignore_index` leaves its row out, and probabilities count by their sum.
         linear_bias: b, (C).
         reduction: 'mean', over the rows that count, or 'sum'.
         weight_decay: λ, at least 0, which adds λ/2 ‖W‖² to the loss. The bias has none.
@@ -81,10 +80,10 @@ class HeadHessian:
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes don't fit, a class index is out of range, or an option is unknown; or,
-            in a pass, the batches have other rows than in the pass before.
+        ValueError: Shapes don't fit, a class index is out of range, or an option is unknown; or
+            after a pass, if its batches are not the batches of the first pass.
         NotImplementedError: `linear_weight` is sharded.
-        RuntimeError: In a pass, a tensor that was given has been changed in place since.
+        RuntimeError: At a pass, if a tensor that was given has been changed in place.
 
     Example:
         >>> H = HeadHessian(torch.eye(2), torch.zeros(3, 2))
@@ -116,8 +115,7 @@ class HeadHessian:
     ) -> None:
         checks.one_of("reduction", reduction, ("mean", "sum"))
         self.reduction = reduction
-        self.weight_decay = checks.number("weight_decay", weight_decay)
-        checks.finite("weight_decay", self.weight_decay)
+        self.weight_decay = _finite("weight_decay", weight_decay)
         self.layer = layer_of(linear_weight, linear_bias, input)
         dtype = accumulation_dtype(self.layer.W.dtype)
         size = checks.chunk_size(chunk_size)
@@ -125,13 +123,8 @@ class HeadHessian:
         self.data = Data(input, target, row_weight, ignore_index, self.layer)
         # Batches may come in another order each time, and whoever gives a size wants no more held.
         self.may_hold = self.data.are_given and chunk_size is None
-        self.given = Watched(
-            input=input,
-            target=target,
-            row_weight=row_weight,
-            linear_weight=linear_weight,
-            linear_bias=linear_bias,
-        )
+        layer = {"linear_weight": linear_weight, "linear_bias": linear_bias}
+        self.given = Watched(input=input, target=target, row_weight=row_weight, **layer)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -141,12 +134,12 @@ class HeadHessian:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the results."""
+        """The dtype of the results."""
         return self.layout.dtype
 
     @property
     def device(self) -> torch.device:
-        """That of the results."""
+        """The device of the results."""
         return self.layer.W.device
 
     def __repr__(self) -> str:
@@ -168,11 +161,10 @@ class HeadHessian:
             (tensor([[0.1250, 0.1250],
                     [0.1250, 0.1250]]), tensor([0.2500, 0.2500]))
         """
-        W, b = self.layer
-        out = Layer(self._zeros(*W.shape), None if b is None else self._zeros(*b.shape))
-        out = self._sum(add_diagonal_, out)
-        out.W.add_(self.weight_decay)
-        return out.W if out.b is None else (out.W, out.b)
+        out = self.layer.map(lambda t: self._zeros(*t.shape))
+        W, b = self._sum(add_diagonal_, out)
+        W.add_(self.weight_decay)
+        return W if b is None else (W, b)
 
     def trace(self) -> Tensor:
         """The sum of the diagonal, a scalar, without any tensor of the size of W."""
@@ -203,45 +195,38 @@ class HeadHessian:
         curvature (2015), section 3.
         """
         classes, features = self.layer.W.shape
-        outer = self._sum(
-            add_outer_,
-            Outer(
-                self._zeros(features, features),
-                self._zeros(features),
-                self._zeros(classes),
-                None if diagonal else self._zeros(classes, classes),
-                self._zeros(dtype=torch.float64),
-            ),
+        size = features + (self.layer.b is not None)
+        zeros = Outer(
+            self._zeros(size, size),
+            self._zeros(classes),
+            None if diagonal else self._zeros(classes, classes),
+            self._zeros(dtype=torch.float64),
         )
-        weight, of_input = outer.weight.to(self.dtype), outer.of_input
-        if self.layer.b is not None:
-            ones = outer.of_ones.unsqueeze(1)
-            below = torch.cat([ones.t(), weight.view(1, 1)], 1)
-            of_input = torch.cat([torch.cat([of_input, ones], 1), below])
-        of_classes = outer.diagonal
-        if outer.of_classes is not None:
-            of_classes = -outer.of_classes
+        of_input, of_classes, squares, weight = self._sum(add_outer_, zeros)
+        if squares is not None:
             # On the diagonal, S − S² would be a small difference of large numbers.
-            of_classes.diagonal().copy_(outer.diagonal)
-        if self.data.are_weighted and not bool(weight) and bool(of_input.any() | of_classes.any()):
+            squares.neg_().diagonal().copy_(of_classes)
+            of_classes = squares
+        weight = weight.to(self.dtype)
+        is_weighted = self.data.has_negative is not None
+        if is_weighted and not bool(weight) and bool(of_input.any() | of_classes.any()):
             raise ValueError("row_weight must not add up to 0, which the factors are divided by")
         return Kronecker(of_input / torch.where(weight == 0, 1, weight), of_classes)
 
     def solve(self, g: Given, damping: float = 0.0, *, tolerance: float = 1e-4) -> Given:
         """The u with (H + δ) u = g, by conjugate gradients, for one direction g or M at once.
 
-        Where there is no damping, g must lie in the range of H, as every gradient of the loss does
-        for the rows that the Hessian is of.
+        Without damping, g must lie in the range of H, as gradients of the loss do.
 
         Args:
             g: A direction, or M of them, as `H @ u` takes them.
             damping: δ, at least 0, which is added to the whole diagonal.
-            tolerance: The norm of each residual, as a part of that of its g.
+            tolerance: The norm of each residual, as a part of the norm of its g.
 
         Raises:
             ValueError: g, or what the Hessian is of, is not finite.
             UserError: The tolerance can't be reached: without damping there may be no solution, and
-                in float32 rounding may hide what is nearly flat, where float64 goes further.
+                float32 may be too coarse where float64 is not.
 
         Example:
             >>> H = HeadHessian(torch.eye(2), torch.zeros(2, 2), weight_decay=0.25)
@@ -251,24 +236,22 @@ class HeadHessian:
 
         Source: Nocedal and Wright, Numerical Optimization (2006), algorithm 5.3.
         """
-        damping = checks.number("damping", damping)
-        checks.finite("damping", damping)
-        tolerance = checks.number("tolerance", tolerance)
-        checks.finite("tolerance", tolerance, above_zero=True)
+        damping = _finite("damping", damping)
+        tolerance = _finite("tolerance", tolerance, above_zero=True)
         right, single = directions_of("g", g, self.layer, self.dtype)
-        held = self._to_hold()
-        with torch.no_grad():
-            curvature = float(self._traces(held).of_classes) / max(1, len(self.layer.W) - 1)
+        held, (classes, features) = self._to_hold(), self.layer.W.shape
+        with torch.no_grad(), outside_autocast(self.layer.W):
+            curvature = float(self._traces(held).of_classes) / max(1, classes - 1)
             precondition = Preconditioner(
                 self._moments(), curvature, self.weight_decay + damping, None
             )
 
             def multiply(v: Tensor) -> Tensor:
-                product = self._products(parted(v, self.layer), held)
-                return joined(product).add_(v, alpha=damping)
+                product = self._products(Layer.split(v, features), held)
+                return torch.add(product.join(), v, alpha=damping)
 
-            u = solved(multiply, joined(right), precondition, tolerance)
-        return as_given(parted(u, self.layer), single)  # type: ignore[return-value]
+            u = solved(multiply, right.join(), precondition, tolerance)
+        return as_given(Layer.split(u, features), single)  # type: ignore[return-value]
 
     def as_linear_operator(self) -> "LinearOperator":
         """This operator as a `scipy.sparse.linalg.LinearOperator`, of the extra [curvature].
@@ -279,7 +262,7 @@ class HeadHessian:
         Raises:
             UserError: SciPy is not installed.
         """
-        return self._linear_operator(None)
+        return linear_operator(self._products, self.layer, self.dtype)
 
     def eigenvalues(self, k: int = 6) -> Tensor:
         """The k largest eigenvalues, (k), from the largest on, by SciPy's Lanczos.
@@ -301,15 +284,9 @@ class HeadHessian:
         size, _ = self.shape
         if k >= size:
             raise ValueError(f"k must be less than {size}, the order of the Hessian, got {k}")
-        operator = self._linear_operator(self._to_hold())
+        held = self._to_hold()
+        operator = linear_operator(lambda u: self._products(u, held), self.layer, self.dtype)
         return largest_eigenvalues(operator, checks.integer("k", k))
-
-    def _linear_operator(self, held: Held | None) -> "LinearOperator":
-        def multiply(vectors: Tensor) -> Tensor:
-            return flat(self._products(unflat(vectors, self.layer), held))
-
-        size, _ = self.shape
-        return linear_operator(multiply, size, self.dtype, self.device)
 
     # The passes over all rows.
 
@@ -337,8 +314,9 @@ class HeadHessian:
         """The moments of all rows, in the dtype of the products."""
         zeros = self._zeros(self.layer.W.shape[1], dtype=torch.float64)
         bias = self.layer.b is not None
-        mean, second, _ = moments_of(self.data, self.layout, zeros, bias=bias)
-        return Moments(None if mean is None else mean.to(self.dtype), second.to(self.dtype))
+        mean, second, made_in = moments_of(self.data, self.layout, zeros, bias=bias)
+        mean = None if mean is None else mean.to(self.dtype)
+        return Moments(mean, second.to(self.dtype), made_in)
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
@@ -362,3 +340,10 @@ class HeadHessian:
                 if total is not None:
                     total.div_(self.data.number or 1)
         return out
+
+
+def _finite(name: str, value: object, *, above_zero: bool = False) -> float:
+    """A named number, checked."""
+    number = checks.number(name, value)
+    checks.finite(name, number, above_zero=above_zero)
+    return number

@@ -26,18 +26,17 @@ def predictive_variance(
 
         W, b ~ N(of the head, Σ) with Σ⁻¹ = H + τ I,  and so  var z_k = x̃ᵀ Σ_kk x̃
 
-    H is the Hessian of the sum of all losses, or what is near to it: its diagonal, or its
-    Kronecker factors. No Jacobian of the logits is made.
+    H is the Hessian of the sum of all losses, or its diagonal, or its Kronecker approximation.
 
     The probit approximation of the mean prediction is then softmax(z / √(1 + π/8 var z)).
 
     Args:
-        hessian: That of the training rows, of either reduction, without weight decay.
+        hessian: The Hessian of the training rows, of either reduction, without weight decay.
         input: New x, (..., D).
         prior_precision: τ, above 0, of each number of W and b. For a mean loss with a weight decay
             λ over N rows it is N λ.
-        structure: 'kronecker', which takes the eigenvectors of a matrix (C, C);
-            'kronecker-diagonal', which takes its diagonal alone, for many classes; or 'diagonal'.
+        structure: 'kronecker', with the eigenvectors of a matrix (C, C); 'kronecker-diagonal', with
+            the diagonal of that matrix, for many classes; or 'diagonal'.
 
     Returns:
         The variances, (..., C), in the dtype of the Hessian.
@@ -70,11 +69,11 @@ def predictive_variance(
     rows = hessian.data.batch(input).rows
     summed = copy.copy(hessian)
     summed.reduction = "sum"
-    summed.data = copy.copy(hessian.data)
-    summed.data.may_be_negative = False  # as a matrix that isn't positive has no such variances
     make = _diagonal if structure == "diagonal" else _kronecker
     with outside_autocast(input):
         variance_of = make(summed, precision, structure)
+        if hessian.data.has_negative:  # such a matrix may not be positive
+            raise ValueError("hessian must have row weights of at least 0, got one below")
         variances = [
             variance_of(cast(rows.read(part), hessian.dtype))
             for part in slices(len(rows), hessian.layout.step)
@@ -83,24 +82,17 @@ def predictive_variance(
 
 
 def _diagonal(hessian: HeadHessian, precision: float, _: str) -> Callable[[Tensor], Tensor]:
-    """Of the diagonal h of H: var z_k = Σ_d x̃_d² / (h_kd + τ)."""
+    """The variance by the diagonal h of H, var z_k = Σ_d x̃_d² / (h_kd + τ)."""
     diagonal = hessian.diagonal()
     W, *b = diagonal if isinstance(diagonal, tuple) else (diagonal,)
-    of_W, of_b = 1 / (W + precision), [1 / (part + precision) for part in b]
-
-    def variance_of(x: Tensor) -> Tensor:
-        variance = x.square() @ of_W.t()
-        for part in of_b:
-            variance += part
-        return variance
-
-    return variance_of
+    by_W, by_b = 1 / (W + precision), sum(1 / (part + precision) for part in b)
+    return lambda x: x.square() @ by_W.t() + by_b
 
 
 def _kronecker(
     hessian: HeadHessian, precision: float, structure: str
 ) -> Callable[[Tensor], Tensor]:
-    """Of Kronecker factors: var z_k = Σ_ij V_ki² (x̃ U)_j² / (b_i a_j + τ).
+    """The variance by Kronecker factors, var z_k = Σ_ij V_ki² (x̃ U)_j² / (b_i a_j + τ).
 
     Their eigenvalues and eigenvectors are A = U diag(a) Uᵀ and B = V diag(b) Vᵀ.
     """
@@ -109,7 +101,7 @@ def _kronecker(
         raise ValueError("hessian must be of finite rows and parameters, got others")
     a, U = torch.linalg.eigh(A.double())
     b, V = (B.double(), None) if B.dim() == 1 else torch.linalg.eigh(B.double())
-    # Rounding makes some below 0 of those that are 0.
+    # Rounding makes some eigenvalues negative that are 0.
     scale = 1 / (torch.outer(a.clamp(min=0), b.clamp(min=0)) + precision)
     features = hessian.layer.W.shape[1]
     U, scale = U.to(hessian.dtype), scale.to(hessian.dtype)

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from ..losses._chunked import cut
 from ..losses._dtypes import accumulation_dtype, outside_autocast
-from ..optim._hessian import Logits, by_row, layout_of
+from ..optim._hessian import Logits, blocks, layout_of
 from ._rows import Data, layer_of
 
 
@@ -22,8 +21,8 @@ def sample_labels(
     """Draw one label for each row from the softmax of its logits, p(k | x) = S_k(x Wᵀ + b).
 
     The gradients of the loss at such labels have the Fisher matrix as their second moment. Each
-    row has a random number of its own, so that neither the chunks nor the rows after it matter to
-    its label, but where the number falls on the border of two classes to rounding.
+    row has a random number of its own, so that its label depends on neither the chunks nor the rows
+    after it, except where rounding decides between two classes.
 
     Args:
         input: x, (..., D), of a floating-point dtype.
@@ -59,9 +58,8 @@ def sample_labels(
     logits, are_finite = Logits(layout), torch.ones((), dtype=torch.bool, device=device)
     with outside_autocast(input):
         for chunk in layout.chunks([batch]):
-            z = by_row(logits.at(chunk.x, *layer))
-            for block in layout.blocks(z):
-                drawn, total = _invert(cut(z, block), u[chunk.part][block])
+            for block, (z,) in blocks(logits.at(chunk.x, *layer)):
+                drawn, total = _invert(z, u[chunk.part][block])
                 labels[chunk.part][block] = drawn
                 are_finite &= total.isfinite().all()
     if not bool(are_finite):

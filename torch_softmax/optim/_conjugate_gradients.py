@@ -32,13 +32,13 @@ class Known(NamedTuple):
 class Preconditioner:
     """An inverse of H ≈ c I ⊗ X̃ᵀX̃/N + λ, with c the mean curvature, that knows some products.
 
-    X̃ is x with a column of ones for the bias, and λ is that of the weight alone. With the mean μ of
-    x, the matrix C of its second moments about μ, and M = c C + λ, the inverse takes r = (r_W, r_b)
-    to W = M⁻¹ (r_W − r_b μᵀ) and b = r_b / c − W μ. M is scaled to a diagonal of ones, so that
-    neither where the features lie nor their units make a difference.
+    X̃ is x with a column of ones for the bias, which has no λ. With the mean μ of x, the matrix C of
+    its second moments about μ, and M = c C + λ, the inverse A⁻¹ takes r = (r_W, r_b) to
+    W = M⁻¹ (r_W − r_b μᵀ) and b = r_b / c − W μ. M is scaled to a diagonal of ones, so that neither
+    the means nor the units of the features make a difference.
 
-    The products are those of the Newton step before. Their directions dᵢ are conjugate, and
-    (I − Σ dᵢ(H dᵢ)ᵀ) A⁻¹ (I − Σ (H dᵢ)dᵢᵀ) + Σ dᵢdᵢᵀ, with A⁻¹ the inverse above, is exact on them.
+    The known directions dᵢ of the Newton step before are conjugate, and
+    (I − Σ dᵢ(H dᵢ)ᵀ) A⁻¹ (I − Σ (H dᵢ)dᵢᵀ) + Σ dᵢdᵢᵀ is exact on them.
 
     Source: Morales and Nocedal, Automatic preconditioning by limited memory quasi-Newton updating
     (2000).
@@ -47,8 +47,8 @@ class Preconditioner:
     def __init__(
         self, moments: Moments, curvature: float, weight_decay: float, known: Known | None
     ) -> None:
-        self.mean, second, made_in = moments
-        epsilon = torch.finfo(made_in or second.dtype).eps
+        self.mean, second, self.made_in = moments
+        epsilon = torch.finfo(self.made_in).eps
         self.of_bias = max(curvature, epsilon)
         self.matrix = second * self.of_bias
         self.matrix.diagonal().add_(weight_decay)
@@ -101,17 +101,17 @@ class Preconditioner:
 
 
 class Solution(NamedTuple):
-    """Of a linear system: u, what was learnt of H on the way, and the number of products."""
+    """The solution of a linear system."""
 
     u: Tensor
-    known: Known | None
-    products: int
+    known: Known | None  # what was learnt of H on the way
+    products: int  # how many it took
 
 
 class Accuracy(NamedTuple):
-    """How far a system H u = −∇f is solved: to either of these."""
+    """How far to solve H u = −∇f, by the residual r = H u + ∇f: until either is reached."""
 
-    relative: float  # rᵀA⁻¹r of the residual r = H u + ∇f, to that of ∇f; √ of both
+    relative: float  # √(rᵀA⁻¹r), as a part of √(∇fᵀA⁻¹∇f)
     absolute: float  # ‖r‖₂
 
 
@@ -121,26 +121,19 @@ def solve(
     precondition: Preconditioner,
     accuracy: Accuracy,
     *,
-    made_in: torch.dtype | None = None,
     learn: bool = True,
 ) -> Solution:
-    """Conjugate gradients for H u = −∇f.
+    """Conjugate gradients for H u = −∇f, with H positive semi-definite.
 
-    Args:
-        hessian: H, positive semi-definite.
-        gradient: ∇f.
-        precondition: An approximation of H⁻¹.
-        accuracy: How far to go.
-        made_in: The dtype that products with H are made in; None for that of the gradient.
-        learn: Whether the preconditioner learns from the directions, in memory for some of them.
+    What is learnt for the next preconditioner takes memory for some directions and their products.
     """
     u, residual = torch.zeros_like(gradient), gradient.clone()
     z = precondition(residual)
     d, size = -z, dot(residual, z)
     enough = accuracy.relative**2 * size
-    # Along a direction of less than this part of the curvature expected, as where S is one-hot for
-    # all examples, rounding hides what there is: a solution would lie beyond all meaning.
-    flat = math.sqrt(torch.finfo(made_in or gradient.dtype).eps)
+    # Rounding hides a curvature below this part of the expected one, as where S is one-hot for all
+    # examples: a solution would be meaningless.
+    flat = math.sqrt(torch.finfo(precondition.made_in).eps)
     known: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MAX_DIRECTIONS if learn else 0)
     products = 0
     while products < _MAX_PRODUCTS:

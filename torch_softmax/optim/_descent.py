@@ -56,16 +56,23 @@ class Goal(NamedTuple):
 class Descent:
     """Newton's method, step by step, from a point of an objective on.
 
-    Where the products of float32 hide how it goes on, values and gradients are made in float64 from
-    there: they say where the optimum is, and the Hessian only how to get there. This is iterative
-    refinement, and costs four wide products a step or more, beside the tens that the linear system
-    takes: two for the point that it comes to, and two for what the parameters can keep of it.
+    Where the rounding of float32 products hides the descent, values and gradients are computed in
+    float64 from there: they say where the optimum is, and the Hessian only how to get there. This
+    is iterative refinement. It costs four wide products a step or more, beside the tens of products
+    of the linear system: two for the new point, and two for that point as the parameters keep it.
     """
 
     def __init__(self, objective: Objective, v: Tensor) -> None:
-        self.point, self.size = _start(objective, v)
-        self.objective = objective
-        self.judge = objective  # of which values and gradients are, in the dtype of sums in the end
+        self.objective = self.judge = objective  # the judge has values and gradients, the wide ones
+        point = objective.at(v - v.mean(0))  # without what all classes have in common
+        if math.isnan(point.value):
+            raise ValueError(
+                "model, input and target must hold finite numbers of a moderate size, "
+                f"got a loss of {point.value} at the start"
+            )
+        zero = objective.at(torch.zeros_like(v)) if bool(point.v.any()) else point
+        self.point = zero if zero.value < point.value else point
+        self.size = zero.norm  # which tells how large the terms of a gradient are
         self.moments: Moments | None = None
         self.known: Known | None = None
         self.before: tuple[float, Tensor] | None = None  # another λ, and the optimum there
@@ -74,15 +81,15 @@ class Descent:
     def change_decay(self, weight_decay: float) -> None:
         """Go on with another λ, from the point reached or from where the path seems to lead.
 
-        In between some penalties v goes about straight on with log λ.
+        Between some penalties, v goes about straight on with log λ.
         """
-        if weight_decay == self.objective.weight_decay:
+        here, decay = self.point, self.objective.weight_decay
+        if weight_decay == decay:
             return
-        here, before = self.point, self.objective
-        decay = before.weight_decay
-        self.objective = self.objective.with_decay(weight_decay)
-        self.judge = self.judge.with_decay(weight_decay)
-        self.point = self.objective.with_penalty(here, before)
+        self.point = self.judge.with_decay(weight_decay).with_penalty(here, self.judge)
+        self.objective, self.judge = (
+            f.with_decay(weight_decay) for f in (self.objective, self.judge)
+        )
         if self.before is not None and min(decay, self.before[0]) > 0:
             step, step_before = weight_decay / decay, decay / self.before[0]
             if min(step, step_before) > 0:  # which may be too small for a number
@@ -108,73 +115,62 @@ class Descent:
                     stalled += 1
             if result.converged:
                 break
+            is_wide = self.judge.x.dtype == self.judge.sums
             lost = products is None or result.gradient_norm <= self._hidden()
-            if not (lost or stalled == self._patience()):
+            if not lost and stalled < (_STALLED if is_wide else 1):
                 continue
-            if not self._widen():
+            if is_wide:
                 result = result._replace(reachable=result.gradient_norm)
                 break
+            self.judge = self.objective.wide()
+            self.point = self.judge.at(self.point.v)
             result, stalled = self._result(result.steps, result.products, goal), 0
             best = result
         return self._rounded(result, goal)
-
-    def _widen(self) -> bool:
-        """Have values and gradients in the dtype of sums; whether that is another."""
-        if not self._can_widen():
-            return False
-        self.judge = self.objective.wide()
-        self.point = self.judge.at(self.point.v)
-        return True
-
-    def _can_widen(self) -> bool:
-        return self.judge.x.dtype != self.judge.sums
 
     def _epsilon(self) -> float:
         """The rounding of values and gradients."""
         return torch.finfo(self.judge.x.dtype).eps
 
     def _hidden(self) -> float:
-        """The gradient norm that rounding hides, that of products or of the parameters."""
+        """The gradient norm that rounding hides, be it of products or of the parameters."""
         of_products = self._epsilon() * self.size
         if self.judge.x.dtype == self.objective.x.dtype:
             return of_products
         kept = self.judge.at(self.objective.rounded(self.point.v))
         return max(of_products, float((kept.gradient - self.point.gradient).norm()))
 
-    def _patience(self) -> int:
-        """The steps in a row to take without a gain."""
-        return 1 if self._can_widen() else _STALLED
-
     def _rounded(self, result: Result, goal: Goal) -> Result:
         """The result of the parameters as a model keeps them, in the dtype of the products."""
         v = self.objective.rounded(self.point.v)
         if torch.equal(v, self.point.v):
             return result
-        value, loss, norm = (point := self.judge.at(v)).value, point.loss, point.norm
-        converged = result.converged and norm <= self._enough(goal)
+        point = self.judge.at(v)
+        converged = result.converged and point.norm <= self._enough(goal)
         stopped = result.converged or result.reachable > 0
-        reachable = norm if stopped and not converged else 0.0
-        return Result(value, loss, norm, result.steps, result.products, converged, reachable)
+        return result._replace(
+            objective=point.value,
+            loss=point.loss,
+            gradient_norm=point.norm,
+            converged=converged,
+            reachable=point.norm if stopped and not converged else 0.0,
+        )
 
     def _step(self, goal: Goal) -> int | None:
         """Take a step, and count the products; None where nothing descends."""
-        objective = self._prepared()
+        moments, objective = self._moments(), self.objective
         hessian = objective.hessian(self.point)
-        assert self.moments is not None
-        features, classes = len(self.moments.second), len(self.point.v)
+        features, classes = len(moments.second), len(self.point.v)
         curvature = hessian.mean_curvature()
         # Where all softmaxes are one-hot, no example has any weight.
         if self.products > max(_FEW, _WORTH * features / classes) and curvature > 0:
             weighted = objective.moments(hessian.curvature)
             if bool(weighted.second.isfinite().all()):
-                self.moments = weighted
-        precondition = Preconditioner(self.moments, curvature, objective.weight_decay, self.known)
+                self.moments = moments = weighted
+        precondition = Preconditioner(moments, curvature, objective.weight_decay, self.known)
         # The last system is solved no further than the tolerance asks for.
         accuracy = Accuracy(_FORCING, 0.8 * self._enough(goal))
-        made_in = objective.x.dtype
-        u, self.known, products = solve(
-            hessian, self.point.gradient, precondition, accuracy, made_in=made_in
-        )
+        u, self.known, products = solve(hessian, self.point.gradient, precondition, accuracy)
         self.products = products
         # No product sees what all classes have in common, which rounding lets grow.
         descended = descend(self.judge, self.point, u - u.mean(0))
@@ -183,21 +179,21 @@ class Descent:
         self.point = descended
         return products
 
-    def _prepared(self) -> Objective:
-        """The objective, once its moments are known."""
+    def _moments(self) -> Moments:
+        """The moments of the examples, by whose mean the objective is centred once it is known."""
         if self.moments is None:
             self.moments = self.objective.moments()
             if not bool(self.moments.second.isfinite().all()):
-                dtype, largest = self.objective.x.dtype, self.objective.largest()
+                x, largest = self.objective.x, self.objective.largest()
                 raise ValueError(
-                    f"input must hold numbers whose squares are finite in {dtype}, "
+                    f"input must hold numbers whose squares are finite in {x.dtype}, "
                     f"got one of {largest:.3g}"
                 )
             centred = self.objective.about_mean(self.moments)
             if centred is not self.objective:
                 self.objective = self.judge = centred
                 self.point = centred.at(self.point.v)
-        return self.objective
+        return self.moments
 
     def _enough(self, goal: Goal) -> float:
         """The gradient norm to reach.
@@ -216,22 +212,6 @@ class Descent:
         point = self.point
         converged = point.norm <= self._enough(goal)
         return Result(point.value, point.loss, point.norm, steps, products, converged)
-
-
-def _start(objective: Objective, v: Tensor) -> tuple[Point, float]:
-    """Begin at v without what all classes have in common, or at 0 where f is less there.
-
-    Returns:
-        The start, and the gradient norm at 0, which tells how large the gradient's terms are.
-    """
-    point = objective.at(v - v.mean(0))
-    if math.isnan(point.value):
-        raise ValueError(
-            "model, input and target must hold finite numbers of a moderate size, "
-            f"got a loss of {point.value} at the start"
-        )
-    zero = objective.at(torch.zeros_like(v)) if bool(point.v.any()) else point
-    return (zero if zero.value < point.value else point), zero.norm
 
 
 def descend(objective: Objective, point: Point, u: Tensor) -> Point | None:
@@ -254,5 +234,4 @@ def descend(objective: Objective, point: Point, u: Tensor) -> Point | None:
             trial = line.to(length)
             if dot(trial.gradient, u) <= 0:
                 return trial
-            line = line if length == 1 else Line(objective, point, u)
     return None

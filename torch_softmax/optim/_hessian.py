@@ -1,12 +1,9 @@
-"""The Hessian of a linear layer's cross-entropy, and S held for many products with it.
+"""The Hessian of a linear layer's cross-entropy, and softmaxes held for many products with it.
 
 With a row's x, S = softmax(W x + b), J = diag S − S Sᵀ, and r what its loss is multiplied with, the
-Hessian of Σ r L by W and b is H = Σ r J ⊗ x̃ x̃ᵀ, where x̃ is x, with a 1 for the bias behind it. J is
+Hessian of Σ r L by W and b is H = Σ r J ⊗ x̃ x̃ᵀ, where x̃ is x followed by a 1 for the bias. J is
 positive semi-definite and does not depend on the label: H is the Gauss-Newton and the Fisher
 matrix too. H u takes two products of the layer where S is held, and three otherwise.
-
-    S     (parts, K, n) for few classes, (n, K) for many: dimension 1 is the classes in both
-    x     (parts, n, D) for few classes, (n, D) for many
 
 Source: Böhning, Multinomial logistic regression algorithm (1992), equation 2.
 """
@@ -28,19 +25,28 @@ from ..losses.linear import default_chunk_size
 from ._rows import Rows, memory_of
 
 _HELD = 0.25  # of the memory of a device, for S
-# Numbers of x and of logits to work on at a time, so that a CPU's core finds them in its cache for
-# the next product or pass; other devices want few large kernels.
+# A CPU's core finds this many numbers of x and of logits in its cache for the next product or pass;
+# other devices want few large kernels.
 _CACHED_INPUT, _CACHED_LOGITS, _LAUNCHED = 2**20, 2**17, 2**26
 
 
 class Layer(NamedTuple):
-    """A linear layer, z = x Wᵀ + b; or M directions of it, W (M, K, D) and b (M, K)."""
+    """A linear layer, z = x Wᵀ + b; or M directions of its W (M, K, D) and b (M, K)."""
 
     W: Tensor  # (K, D)
     b: Tensor | None  # (K,)
 
+    @classmethod
+    def split(cls, v: Tensor, features: int) -> "Layer":
+        """W and b as views of v (..., K, P), whose last column is b if P is D + 1."""
+        return cls(v[..., :features], v[..., features] if v.shape[-1] > features else None)
+
+    def join(self) -> Tensor:
+        """The tensor v (..., K, P) of W and b."""
+        return self.W if self.b is None else torch.cat([self.W, self.b.unsqueeze(-1)], -1)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Layer":
-        """The results of a function, for W and for b."""
+        """The results of a function for W and for b."""
         return Layer(function(self.W), None if self.b is None else function(self.b))
 
 
@@ -51,83 +57,30 @@ class Batch(NamedTuple):
     factor: Tensor | None  # r, (N,); None for 1
 
 
-def by_row(values: Tensor) -> Tensor:
-    """Values in the layout of the logits as (n, K)."""
-    return values if values.dim() == 2 else values.transpose(1, 2).flatten(0, 1)
-
-
-def sum_of_rows(values: Tensor) -> Tensor:
-    """The sum over rows, (K,), of values in the layout of the logits."""
-    return values.sum((0, 2)[: values.dim() - 1])
-
-
 @dataclass(frozen=True)
 class Layout:
-    """How the rows are cut, and in which layout their logits are made.
+    """How rows are cut into chunks, and in which form a chunk's logits are computed.
 
-    Args:
-        classes: K.
-        dtype: The dtype of logits and S.
-        step: The rows of a chunk.
-        parts: In how many equal parts a chunk is multiplied, each by a core of its own. For few
-            classes that takes a quarter less time than a product that all cores share.
+    Logits are (n, K). Few classes are (parts, K, n / parts) instead: each core multiplies a part of
+    its own, which takes a quarter less time than one product that all cores share.
     """
 
-    classes: int
-    dtype: torch.dtype
-    step: int
+    classes: int  # K
+    dtype: torch.dtype  # of logits and S
+    step: int  # the number of rows of a chunk
     parts: int
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Values of the rows of a chunk, (n,) or (n, C), in the layout of the logits."""
-        values = values.unsqueeze(1) if values.dim() == 1 else values
-        return values if self.classes > FEW_CLASSES else self.cut(values).transpose(1, 2)
-
-    def cut(self, x: Tensor) -> Tensor:
-        """The rows of a chunk, (n, D), in equal parts (parts, n, D) where the classes are few."""
-        if self.classes > FEW_CLASSES:
-            return x
-        parts = self.parts if len(x) % self.parts == 0 else 1
-        return x.view(parts, len(x) // parts, x.shape[1])
 
     def chunks(self, batches: Iterable[Batch]) -> Iterator["Chunk"]:
         """The rows of all batches, a chunk at a time."""
         for rows, factor in batches:
             for part in slices(len(rows), self.step):
-                here = None if factor is None else self.spread(factor[part])
-                yield Chunk(self, rows, part, here)
-
-    def blocks(self, z: Tensor) -> list[slice]:
-        """The rows of a chunk to go over at a time, so that a CPU finds them in its cache."""
-        whole = z.dim() == 3 or z.device.type != "cpu"
-        return list(slices(len(z), max(1, len(z)) if whole else cached_rows(z.shape[1])))
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some rows that are worked on at a time."""
-
-    layout: Layout
-    rows: Rows
-    part: slice
-    factor: Tensor | None  # (parts, 1, n) or (n, 1); None for 1
-
-    @functools.cached_property
-    def x(self) -> Tensor:
-        """The rows, which are read when they are first needed."""
-        x = self.rows.read(self.part)
-        few = self.layout.classes <= FEW_CLASSES
-        return self.layout.cut(cast(x, self.layout.dtype)) if few else x
-
-    def weighted(self, values: Tensor, block: slice) -> Tensor:
-        """Values in the layout of the logits, a block of the chunk's, times the factors."""
-        return values if self.factor is None else values * cut(self.factor, block)
+                yield Chunk(self, rows, part, None if factor is None else factor[part])
 
 
 def layout_of(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, chunk_size: int | None = None
 ) -> Layout:
-    """A layout for a weight (K, D), with a given number of rows or one that fits the caches."""
+    """The layout for a weight (K, D), with a given number of rows or one that fits the caches."""
     on_cpu, classes, features = device.type == "cpu", shape[0], max(1, shape[1])
     parts = torch.get_num_threads() if on_cpu and classes <= FEW_CLASSES else 1
     if chunk_size is None and classes > FEW_CLASSES:
@@ -141,8 +94,43 @@ def layout_of(
     return Layout(classes, dtype, chunk_size, parts)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows that are worked on at a time."""
+
+    layout: Layout
+    rows: Rows
+    part: slice
+    factor: Tensor | None  # (n,)
+
+    @functools.cached_property
+    def x(self) -> Tensor:
+        """The rows (n, D), or (parts, n / parts, D) for few classes, read when first needed."""
+        x, parts = self.rows.read(self.part), self.layout.parts
+        if self.layout.classes > FEW_CLASSES:
+            return x
+        parts = 1 if len(x) % parts else parts
+        return cast(x, self.layout.dtype).view(parts, len(x) // parts, x.shape[1])
+
+    def weighted(self, values: Tensor, block: slice) -> Tensor:
+        """Values (n, C) of a block of the chunk's rows, times the factors of these rows."""
+        return values if self.factor is None else values * self.factor[block].unsqueeze(1)
+
+
+def blocks(*values: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Rows that fit a CPU's cache, with views (n, C) of these rows in tensors like the logits."""
+    first = values[0]
+    if first.dim() == 3:
+        for i, part in enumerate(slices(first.shape[0] * first.shape[2], max(1, first.shape[2]))):
+            yield part, [value[i].t() for value in values]
+    else:
+        on_cpu, rows = first.device.type == "cpu", len(first)
+        for part in slices(rows, cached_rows(first.shape[1]) if on_cpu else max(1, rows)):
+            yield part, [cut(value, part) for value in values]
+
+
 class Logits:
-    """The logits of a chunk, many classes in a buffer that the next chunk writes over.
+    """The logits of a chunk, many classes in a buffer that the next chunk overwrites.
 
     Fresh memory costs a CPU more than the arithmetic done in it.
     """
@@ -163,7 +151,7 @@ class Logits:
 
 
 def add_pulled_(out: Tensor, z: Tensor, x: Tensor) -> None:
-    """Add zᵀ x to `out` (K, D), where z is in the layout of the logits."""
+    """Add zᵀ x to `out` (K, D), for a chunk's x and z in the form of its logits."""
     if z.dim() == 3:
         out.add_(torch.bmm(z, x).sum(0))
     elif out.dtype == accumulation_dtype(x.dtype):
@@ -173,82 +161,64 @@ def add_pulled_(out: Tensor, z: Tensor, x: Tensor) -> None:
 
 
 def rows_to_hold(layout: Layout, device: torch.device) -> int:
-    """The rows whose S may be held, in a share of a device's memory."""
+    """The number of rows whose S may be held, in a share of a device's memory."""
     return int(_HELD * memory_of(device)) // (layout.classes * layout.dtype.itemsize)
 
 
 class Held:
-    """Logits or S of the first chunks, of some rows at most."""
+    """Logits or S of the first chunks, of a limited number of rows."""
 
     def __init__(self, rows: int, layout: Layout, device: torch.device) -> None:
-        self.layout = layout
         # Made once: small tensors that stay between large ones that go would break up the heap.
         self.room = torch.empty(rows * layout.classes, dtype=layout.dtype, device=device)
         self.chunks: list[Tensor] = []
-        self.used = 0
 
     def get(self, number: int) -> Tensor | None:
         """What is held of the chunk of a number, or None."""
         return self.chunks[number] if number < len(self.chunks) else None
 
-    def has_room(self, rows: int) -> bool:
-        """Whether as many rows more can be held."""
-        return self.used + rows * self.layout.classes <= len(self.room)
-
-    def add(self, number: int, value: Tensor) -> Tensor:
-        """Hold a copy of a chunk if it is the next one and there is room, and return what stays."""
-        end = self.used + value.numel()
-        if number != len(self.chunks) or end > len(self.room):
-            return value
-        self.chunks.append(self.room[self.used : end].view(value.shape).copy_(value))
-        self.used = end
-        return self.chunks[-1]
+    def over(
+        self, chunks: Iterable[Chunk], make: Callable[[int, Chunk], Tensor]
+    ) -> Iterator[tuple[Chunk, Tensor]]:
+        """Each chunk with what is held of it, or is made, and then held if there is room."""
+        for number, chunk in enumerate(chunks):
+            value = self.get(number)
+            if value is None:
+                value = make(number, chunk)
+                if number == len(self.chunks) and value.numel() <= len(self.room):
+                    room, self.room = self.room.tensor_split([value.numel()])
+                    value = room.view(value.shape).copy_(value)
+                    self.chunks.append(value)
+            yield chunk, value
 
 
 @dataclass(frozen=True)
 class Softmaxes:
-    """S of all rows, a chunk at a time: once it was made it is held, as far as there is room.
+    """S of all rows, a chunk at a time; it is computed once, as far as there is room to hold it."""
 
-    Args:
-        batches: The rows; gone over again in every pass.
-        layer: The layer.
-        layout: How the rows are cut.
-        held: Where S is held; None for a single pass.
-        logits: Logits of the first chunks, where they are known.
-    """
-
-    batches: Iterable[Batch]
+    batches: Iterable[Batch]  # read again in every pass
     layer: Layer
     layout: Layout
-    held: Held | None = None
-    logits: Held | None = None
+    held: Held | None = None  # where S is held; None for a single pass
+    logits: Held | None = None  # of the first chunks, where they are known
 
     def __iter__(self) -> Iterator[tuple[Chunk, Tensor]]:
         logits = Logits(self.layout)
-        for number, chunk in enumerate(self.layout.chunks(self.batches)):
-            S = None if self.held is None else self.held.get(number)
-            if S is None:
-                z = None if self.logits is None else self.logits.get(number)
-                made_here = z is None
-                if z is None:
-                    z = logits.at(chunk.x, *self.layer)
-                S = self._softmax(z, write=made_here)
-                S = S if self.held is None else self.held.add(number, S)
-            yield chunk, S
 
-    def _softmax(self, z: Tensor, *, write: bool) -> Tensor:
-        S = z if write else torch.empty_like(z, dtype=self.layout.dtype)
-        for block in self.layout.blocks(z):
-            S = put(S, block, formulas.softmax(cast(cut(z, block), self.layout.dtype), 1))
-        return S
+        def make(number: int, chunk: Chunk) -> Tensor:
+            z = None if self.logits is None else self.logits.get(number)
+            if z is None:
+                z = S = logits.at(chunk.x, *self.layer)
+            else:
+                S = torch.empty_like(z, dtype=self.layout.dtype)
+            if z.dim() == 3:
+                return torch.softmax(z, 1, dtype=self.layout.dtype)
+            for _, (here, out) in blocks(z, S):
+                out.copy_(formulas.softmax(cast(here, self.layout.dtype), 1))
+            return S
 
-
-def put(into: Tensor, block: slice, value: Tensor) -> Tensor:
-    """Write a block of a chunk; or return the value where it is all of the chunk."""
-    if value.shape == into.shape and value.dtype == into.dtype:
-        return value
-    into[block] = value
-    return into
+        held = self.held or Held(0, self.layout, self.layer.W.device)
+        return held.over(self.layout.chunks(self.batches), make)
 
 
 def add_products_(out: Layer, softmaxes: Softmaxes, directions: Layer) -> None:
@@ -263,26 +233,21 @@ def add_products_(out: Layer, softmaxes: Softmaxes, directions: Layer) -> None:
         for some in slices(len(W), together) if len(W) else ():
             bias = None if b is None else b[some].flatten()
             u = changes.at(chunk.x, W[some].flatten(0, 1), bias)
-            for block in layout.blocks(u):
-                along = cut(u, block).unflatten(1, (-1, layout.classes))
-                product = formulas.jacobian_product(cut(S, block).unsqueeze(1), along, 2)
-                product = chunk.weighted(product.flatten(1, 2), block)
+            for block, (softmax, along) in blocks(S, u):
+                change = along.unflatten(1, (-1, layout.classes))
+                product = formulas.jacobian_product(softmax.unsqueeze(1), change, 2).flatten(1, 2)
+                along.copy_(chunk.weighted(product, block))
                 if out.b is not None:
-                    out.b[some].add_(sum_of_rows(product).view(-1, layout.classes))
-                u = put(u, block, product)
+                    out.b[some].add_(along.sum(0).view(-1, layout.classes))
             add_pulled_(out.W[some].flatten(0, 1), u, chunk.x)
 
 
 class Moments(NamedTuple):
-    """The first and second moments of rows x, that may be weighted.
-
-    Where there is a bias, the second moments are those of x − mean, which are not lost in rounding
-    where the mean is large; and otherwise those of x.
-    """
+    """The first and second moments of rows x, that may be weighted."""
 
     mean: Tensor | None  # (D,), where there is a bias
-    second: Tensor  # (D, D)
-    made_in: torch.dtype | None = None  # the dtype of the products, where it is another
+    second: Tensor  # (D, D), of x − mean, as rounding would hide them beside a large mean; or of x
+    made_in: torch.dtype  # the dtype of the products
 
 
 def alone(sums: Tensor) -> Tensor:
@@ -300,40 +265,26 @@ def moments_of(
 ) -> Moments:
     """The moments of all rows, each weighted by the size of its factor.
 
-    Args:
-        batches: The rows; gone over twice where there is a bias, and once otherwise.
-        layout: How many rows to read at a time, and the dtype of products.
-        zeros: (D,), of the dtype and on the device of the sums.
-        bias: Whether the layer has one.
-        total: Adds up a tensor over all processes.
+    Sums have the dtype and device of some zeros (D,), and are totalled over all ranks. Rows are
+    read twice if there is a bias.
     """
 
-    def read(mean: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | int]]:
-        """Some rows x − mean, the same times their weights, and the sum of these."""
+    def average(
+        sums: Tensor, mean: Tensor | None, term: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """The weighted average of a term of x − mean and of x − mean times its weight."""
+        count = zeros.new_zeros(())
         for rows, factor in batches:
             for part in slices(len(rows), layout.step):
                 x = cast(rows.read(part), layout.dtype)
                 x = x if mean is None else x - mean.to(x.dtype)
-                if factor is None:
-                    yield x, x, len(x)
-                else:
-                    weight = factor[part].abs()
-                    yield x, weight.unsqueeze(1) * x, weight.sum(dtype=zeros.dtype)
+                weight = None if factor is None else factor[part].abs().unsqueeze(1)
+                sums += term(x, x if weight is None else weight * x)
+                count += len(x) if weight is None else weight.sum(dtype=zeros.dtype)
+        count = total(count)
+        return total(sums) / torch.where(count == 0, 1, count)
 
-    mean = None
-    if bias:
-        ones, count = zeros.clone(), zeros.new_zeros(())
-        for _, weighted, weight in read(None):
-            ones += weighted.sum(0)
-            count += weight
-        mean = total(ones) / _above_0(total(count))
-    second, count = zeros.new_zeros(len(zeros), len(zeros)), zeros.new_zeros(())
-    for x, weighted, weight in read(mean):
-        second += x.t() @ weighted
-        count += weight
-    return Moments(mean, total(second) / _above_0(total(count)), layout.dtype)
-
-
-def _above_0(count: Tensor) -> Tensor:
-    """A count to divide by."""
-    return torch.where(count == 0, 1, count)
+    mean = average(zeros.clone(), None, lambda _, weighted: weighted.sum(0)) if bias else None
+    square = zeros.new_zeros(len(zeros), len(zeros))
+    second = average(square, mean, lambda x, weighted: x.t() @ weighted)
+    return Moments(mean, second, layout.dtype)

@@ -6,9 +6,9 @@ v = (W, b) are the parameters of a linear layer, (K, P): with P = D + 1, the las
 with P = D where there is no bias. The weights w of the examples are 1 unless they are given. v and
 sums over examples are in float64 where the device has that, and products in the dtype of x.
 
-A point holds its logits, as far as there is room, and the Hessian at the point makes S of them. A
-step's end has logits of its own, so that no rounding adds up from step to step, and a shorter step
-has logits in between: no trial of the line search takes a product.
+A point holds its logits, as far as there is room, and the Hessian at the point takes S from them.
+The logits at a step's end are computed anew, so that no rounding adds up from step to step, and a
+shorter step interpolates: no trial of the line search takes a product.
 """
 
 import copy
@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses import _formulas as formulas
-from ..losses._chunked import cut, slices
+from ..losses._chunked import slices
+from ..losses._formulas import Numbers, Row, Target
 from ._hessian import (
     Batch,
     Chunk,
@@ -33,16 +33,13 @@ from ._hessian import (
     add_products_,
     add_pulled_,
     alone,
-    by_row,
+    blocks,
     layout_of,
     moments_of,
-    put,
     rows_to_hold,
-    sum_of_rows,
 )
 from ._rows import Rows
 
-IGNORED = -100  # the class index that leaves an example out, torch's default
 # Features whose mean is this many of their standard deviations from 0 are multiplied about it.
 _FAR = 8
 
@@ -60,35 +57,6 @@ class Point(NamedTuple):
     def norm(self) -> float:
         """‖∇f(v)‖₂."""
         return float(self.gradient.norm())
-
-
-class Targets(NamedTuple):
-    """What the losses of some rows are made of, each in the layout of their logits."""
-
-    y: Tensor  # class indices or probabilities
-    weight: Tensor | None  # w; None for 1
-    mass: Tensor | None  # w Σ_k y_k; None for 1
-
-    def block(self, block: slice) -> "Targets":
-        """The targets of a block of a chunk."""
-        factors = (None if t is None else cut(t, block) for t in self[1:])
-        return Targets(cut(self.y, block), *factors)
-
-    def dot(self, z: Tensor) -> Tensor:
-        """W Σ_k y_k z_k of each row."""
-        if self.y.is_floating_point():
-            total = (self.y * z).sum(1, keepdim=True)
-        else:
-            total = z.gather(1, self.y)
-        return total if self.weight is None else self.weight * total
-
-    def gradient(self, softmax: Tensor) -> Tensor:
-        """The gradient of the losses by the logits, w (Σ_k y_k S − y)."""
-        g = softmax if self.mass is None else softmax * self.mass
-        if self.y.is_floating_point():
-            return g - (self.y if self.weight is None else self.weight * self.y)
-        ones = g.new_ones(()).expand(self.y.shape)
-        return g.scatter_add(1, self.y, -(ones if self.weight is None else self.weight))
 
 
 class Objective:
@@ -121,15 +89,12 @@ class Objective:
         self.layout = layout_of((classes, self.x.features), self.x.dtype, device)
         self.weight, self.divisor = self._in_means(weight)
         self.mass = self._mass()
-        # The logits of a point and S, or those of two points, are there at once.
+        # The logits of a point and S, or the logits of two points, are there at once.
         self.rows_to_hold = min(len(self.x), rows_to_hold(self.layout, device) // 2)
         self._set_decay(weight_decay)
 
     def _in_means(self, weight: Tensor | None) -> tuple[Tensor | None, float]:
-        """Weights in parts of their mean over all processes, and the number of all examples.
-
-        However small or large they are, they fit in the dtype of the products so.
-        """
+        """Weights in parts of their mean over all ranks, which fit any dtype, and all examples."""
         x, sums = self.x, self.sums
         w = None if weight is None else weight.to(x.device, sums)
         here = torch.tensor([len(x), len(x)], dtype=sums, device=x.device)
@@ -144,14 +109,14 @@ class Objective:
         return None if w is None else (w / mean).to(x.dtype), count
 
     def _mass(self) -> Tensor | None:
-        """What the log-sum of each example is multiplied with, (N,); None for 1."""
+        """What the log-sum of each example is multiplied with, w Σ_k y_k, (N,); None for 1."""
         if not self.y.is_floating_point():
             return self.weight
         mass = self.y.sum(1, dtype=self.x.dtype)
         return mass if self.weight is None else mass * self.weight
 
     def wide(self) -> "Objective":
-        """The same objective with products in the dtype of sums, which round less."""
+        """This objective with products in the dtype of sums, which round less."""
         other, sums = copy.copy(self), self.sums
         other.x = self.x.to(self.x.device, sums)
         other.layout = replace(self.layout, dtype=sums)
@@ -161,7 +126,7 @@ class Objective:
         return other
 
     def with_decay(self, weight_decay: float) -> "Objective":
-        """The same objective with another λ."""
+        """This objective with another λ."""
         other = copy.copy(self)
         other._set_decay(weight_decay)
         return other
@@ -172,25 +137,22 @@ class Objective:
         self.decay[:features] = weight_decay
 
     def about_mean(self, moments: Moments) -> "Objective":
-        """The same objective, multiplied about the mean of the rows where that is far from 0.
+        """This objective, with rows x − μ where a mean μ is so large that it hides how they differ.
 
-        Rows are multiplied as x − μ then, with W x + b = W (x − μ) + (b + W μ), as rounding would
-        hide how they differ.
+        W x + b = W (x − μ) + (b + W μ).
         """
-        if moments.mean is None:
-            return self
-        if not bool((moments.mean.square() > _FAR**2 * moments.second.diagonal()).any()):
+        mean = moments.mean
+        if mean is None or not bool((mean.square() > _FAR**2 * moments.second.diagonal()).any()):
             return self
         other = copy.copy(self)
-        other.x = replace(self.x, centre=moments.mean.to(self.x.dtype))
+        other.x = replace(self.x, centre=mean.to(self.x.dtype))
         return other
 
     # Parameters
 
     def split(self, v: Tensor) -> Layer:
         """(W, b) as views of v (..., K, P)."""
-        D = self.x.features
-        return Layer(v[..., :D], v[..., D] if self.bias else None)
+        return Layer.split(v, self.x.features)
 
     def layer(self, v: Tensor) -> Layer:
         """(W, b + W μ) in the dtype of the products."""
@@ -204,13 +166,11 @@ class Objective:
         return v.to(self.x.dtype).to(v.dtype)
 
     def mean(self, sums: Layer) -> Tensor:
-        """The mean over all examples, by v (K, P), of derivatives by (W, b + W μ)."""
+        """The mean over all examples, by v (..., K, P), of derivatives by (W, b + W μ)."""
         by_W, by_b = sums
-        if by_b is not None:
-            if self.x.centre is not None:
-                by_W = by_W + by_b.unsqueeze(-1) * self.x.centre.to(by_W.dtype)
-            by_W = torch.cat([by_W, by_b.unsqueeze(-1)], -1)
-        return self.total(by_W) / self.divisor
+        if by_b is not None and self.x.centre is not None:
+            by_W = by_W + by_b.unsqueeze(-1) * self.x.centre.to(by_W.dtype)
+        return self.total(Layer(by_W, by_b).join()) / self.divisor
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros for sums over examples."""
@@ -218,35 +178,46 @@ class Objective:
 
     # Values and derivatives
 
-    def at(self, v: Tensor) -> Point:
-        """Value and gradient."""
-        return self.point(v, self.hold())
+    @property
+    def batches(self) -> list[Batch]:
+        """The examples, each with the factor of its softmax."""
+        return [Batch(self.x, self.mass)]
 
     def hold(self) -> Held:
         """Where the logits of a point, or S, are held."""
         return Held(self.rows_to_hold, self.layout, self.x.device)
 
+    def at(self, v: Tensor) -> Point:
+        """Value and gradient."""
+        return self.point(v, self.hold())
+
     def point(self, v: Tensor, known: Held, loss: float | None = None) -> Point:
         """Value and gradient where the logits of the first chunks, or the mean loss, are known."""
         layer, logits, total = self.layer(v), Logits(self.layout), self.zeros(1)
         sums = layer.map(lambda t: self.zeros(*t.shape))
-        for number, (chunk, targets) in enumerate(self.chunks()):
-            z = known.get(number)
-            if z is None:
-                z = known.add(number, logits.at(chunk.x, *layer))
+        chunks = self.layout.chunks(self.batches)
+        for chunk, z in known.over(chunks, lambda _, chunk: logits.at(chunk.x, *layer)):
             g = torch.empty_like(z)
-            for block in self.layout.blocks(z):
-                here, part = cut(z, block), targets.block(block)
+            for row, factors, gradient in self.rows(chunk, z, g):
                 if loss is None:
-                    total -= part.dot(here.log_softmax(1)).sum(dtype=self.sums)
-                gradient = part.gradient(formulas.softmax(here, 1))
+                    add_losses_(total, row, factors)
+                gradient.copy_(row.gradient(factors, in_place=True))
                 if sums.b is not None:
-                    sums.b.add_(sum_of_rows(gradient))
-                g = put(g, block, gradient)
+                    sums.b.add_(gradient.sum(0))
             add_pulled_(sums.W, g, chunk.x)
-        if loss is None:
-            loss = float(self.total(total)) / self.divisor
+        loss = self.mean_loss(total) if loss is None else loss
         return self._penalized(v, loss, self.mean(sums), known)
+
+    def rows(self, chunk: Chunk, z: Tensor, g: Tensor) -> Iterator[tuple[Row, Numbers, Tensor]]:
+        """The rows of a chunk's blocks, the factors of their numbers, and their part of g."""
+        y, weight = self.y[chunk.part], None if self.weight is None else self.weight[chunk.part]
+        for block, (here, gradient) in blocks(z, g):
+            mass, w = (1.0 if f is None else f[block] for f in (chunk.factor, weight))
+            yield Row(here, Target(y[block])), Numbers(log_sum=mass, gap=w), gradient
+
+    def mean_loss(self, total: Tensor) -> float:
+        """The mean over all examples of losses whose total in this process is given."""
+        return float(self.total(total)) / self.divisor
 
     def with_penalty(self, point: Point, before: "Objective") -> Point:
         """A point of an objective with another λ, as one of this."""
@@ -278,54 +249,50 @@ class Objective:
         parts = slices(len(self.x), self.layout.step)
         return max(float(self.x.read(part).abs().max()) for part in parts)
 
-    def chunks(self) -> Iterator[tuple[Chunk, Targets]]:
-        """The examples a chunk at a time, with their targets."""
-        parts = slices(len(self.x), self.layout.step)
-        chunks = self.layout.chunks([Batch(self.x, self.mass)])
-        for chunk, part in zip(chunks, parts, strict=True):
-            y = self.y[part]
-            y = self.layout.spread(y.to(self.x.dtype) if y.is_floating_point() else y)
-            weight = None if self.weight is None else self.layout.spread(self.weight[part])
-            yield chunk, Targets(y, weight, chunk.factor)
+
+def add_losses_(total: Tensor, row: Row, factors: Numbers) -> None:
+    """Add the losses of some rows."""
+    losses = factors.log_sum * row.log_sum + factors.gap * row.gap
+    total += losses.sum(dtype=total.dtype)
 
 
 class Line:
     """f along a step u from a point, v + α u.
 
-    The logits at the end, v + u, are made once, and trials lie between these and the logits of the
-    point. Where there is no room for a chunk's logits, they are made for every trial.
+    The first value is f(v + u), for which the logits at the end are computed. Logits in between are
+    interpolated. Where there is no room for a chunk's logits, every trial computes them.
     """
 
     def __init__(self, objective: Objective, start: Point, u: Tensor) -> None:
         self.objective, self.start, self.u = objective, start, u
-        self.end, self.loss = objective.hold(), math.nan
-        logits, layer = Logits(objective.layout), objective.layer(start.v + u)
-        for number, chunk in enumerate(objective.layout.chunks([Batch(objective.x, None)])):
-            if not self.end.has_room(chunk.part.stop - chunk.part.start):
-                break
-            self.end.add(number, logits.at(chunk.x, *layer))
+        self.end, self.length = objective.hold(), 1.0  # the logits at v + length u
+        self.loss = math.nan  # at the last trial
 
     def value(self, length: float) -> float:
         """f(v + α u)."""
         objective, v = self.objective, self.start.v + length * self.u
-        logits, total = Logits(objective.layout), objective.zeros(1)
-        for number, (chunk, targets) in enumerate(objective.chunks()):
+        layer, logits, total = objective.layer(v), Logits(objective.layout), objective.zeros(1)
+
+        def make(number: int, chunk: Chunk) -> Tensor:
             z, end = self.start.logits.get(number), self.end.get(number)
             if z is None or end is None:
-                z = logits.at(chunk.x, *objective.layer(v))
-            else:
-                z = end if length == 1 else torch.lerp(z, end, length)
-            for block in objective.layout.blocks(z):
-                losses = targets.block(block).dot(cut(z, block).log_softmax(1))
-                total -= losses.sum(dtype=total.dtype)
-        self.loss = float(objective.total(total)) / objective.divisor
+                return logits.at(chunk.x, *layer)
+            return torch.lerp(z, end, length / self.length)
+
+        held = self.end if length == self.length else Held(0, objective.layout, v.device)
+        for chunk, z in held.over(objective.layout.chunks(objective.batches), make):
+            for row, factors, _ in objective.rows(chunk, z, z):
+                add_losses_(total, row, factors)
+        self.loss = objective.mean_loss(total)
         return self.loss + objective.penalty(v)
 
     def to(self, length: float) -> Point:
-        """The point v + α u, whose value was the last to be asked for. It takes the end's room."""
-        if length != 1:
+        """The point v + α u, whose value was the last to be asked for; it owns the logits."""
+        if length != self.length:
             both = zip(self.start.logits.chunks, self.end.chunks, strict=False)
-            self.end.chunks = [torch.lerp(z, end, length, out=end) for z, end in both]
+            weight = length / self.length
+            self.end.chunks = [torch.lerp(z, end, weight, out=end) for z, end in both]
+            self.length = length
         return self.objective.point(self.start.v + length * self.u, self.end, self.loss)
 
 
@@ -333,22 +300,16 @@ class Hessian:
     """∇²f at a point, which multiplies a direction (K, P)."""
 
     def __init__(self, objective: Objective, point: Point) -> None:
-        self.objective, layout = objective, objective.layout
-        self.softmaxes = Softmaxes(
-            [Batch(objective.x, objective.mass)],
-            objective.layer(point.v),
-            layout,
-            objective.hold(),
-            point.logits,
-        )
+        self.objective, x, layout = objective, objective.x, objective.layout
+        layer, held = objective.layer(point.v), objective.hold()
+        self.softmaxes = Softmaxes(objective.batches, layer, layout, held, point.logits)
         # m (1 − Σ S²) / (K − 1) of each example: the mean eigenvalue of m J, apart from one of 0
-        self.curvature = torch.empty(
-            len(objective.x), dtype=layout.dtype, device=objective.x.device
-        )
-        for chunk, S in self.softmaxes:
-            traces = 1 - S.square().sum(1, keepdim=True)
-            traces = chunk.weighted(traces, slice(0, len(S))) / max(1, layout.classes - 1)
-            self.curvature[chunk.part] = by_row(traces).squeeze(1)
+        self.curvature = torch.empty(len(x), dtype=layout.dtype, device=x.device)
+        for chunk, softmaxes in self.softmaxes:
+            for block, (S,) in blocks(softmaxes):
+                traces = chunk.weighted(1 - S.square().sum(1, keepdim=True), block)
+                here = self.curvature[chunk.part][block]
+                torch.div(traces.squeeze(1), max(1, layout.classes - 1), out=here)
 
     def __call__(self, u: Tensor) -> Tensor:
         """∇²f u."""

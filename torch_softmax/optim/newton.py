@@ -11,13 +11,14 @@ from ..distributed.data_parallel import Ranks
 from ..losses._dtypes import outside_autocast
 from ..modules import SoftmaxRegression
 from ._descent import Descent, Goal, Result
-from ._hessian import alone
-from ._objective import IGNORED, Objective
+from ._hessian import Layer, alone
+from ._objective import Objective
 from ._rows import Rows, memory_of
 
 __all__ = ["Result", "minimize"]
 
 ALONE = Ranks()
+IGNORED = -100  # the class index that leaves an example out, torch's default
 _MATRICES = 4  # (D, D) in float64, that are there at once
 
 
@@ -38,40 +39,34 @@ def minimize(
     """Bring a model to the least mean loss with an L2 penalty on its weight, in place.
 
     f(W, b) = 1/Σw Σ_n w_n L_n + λ/2 ‖W‖². A step of v = (W, b) is v ← v + α u with
-    ∇²f(v) u ≈ −∇f(v).
-
-    f is convex and every step descends. Where f is less at v = 0 than at the model given, whose
-    softmax may be one-hot and without any curvature, that is where it starts. So the start matters
-    little. What all classes have in common in W and b changes no probability, and is taken off at
-    first. Neither the units of the features nor where they lie make a difference to the steps.
-
-    Where rounding hides the descent from products in float32, gradients are made in float64 from
-    there on. Then only the rounding of the parameters themselves is left.
+    ∇²f(v) u ≈ −∇f(v). f is convex and every step descends, so that the start matters little: it is
+    v = 0 where f is less there than at the model, and what all classes have in common, which
+    changes no probability, is subtracted. Neither the units nor the means of the features change
+    the steps. Where rounding hides the descent from products in float32, gradients are computed in
+    float64, and only the rounding of the parameters themselves is left.
 
     Args:
         model: With float32 or float64 parameters of its own, which are updated after every step.
         input: x, all examples, (..., D) of the model's dtype and on its device. Or `Rows` of any
-            dtype, NumPy arrays and memory-mapped ones too, of which a few at a time are read.
+            dtype, also of memory-mapped NumPy arrays, of which a few at a time are read.
         target: Class indices (...), of which -100 leaves its example out; or probabilities
             (..., K).
-        weight_decay: λ, at least 0, of the weight alone. It is 1 / (C Σw) for the C of
-            scikit-learn's `LogisticRegression`, and 2 / (C Σw) for two classes: it has one vector
-            for these, W₁ − W₀, which is twice as long as ours are.
-        sample_weight: w (...), at least 0; None for 1. A weight of 2 is an example that is there
-            twice.
+        weight_decay: λ, at least 0, of the weight alone: 1 / (C Σw) for the C of scikit-learn's
+            `LogisticRegression`, and 2 / (C Σw) for two classes, for which scikit-learn has the one
+            vector W₁ − W₀.
+        sample_weight: w (...), at least 0; None for 1. A weight of 2 counts an example twice.
         tolerance: The gradient norm to reach.
-        weight_tolerance: How near the weight is to come to the optimum W*, ‖W − W*‖ ≤ this ‖W‖,
-            besides; None for what the tolerance gives. As f is λ-strongly convex in W, a gradient
-            norm of λ ‖W‖ times this is enough. Without a penalty nothing tells how near it is,
-            and the gradient norm is to be this part of the tolerance.
+        weight_tolerance: The distance to the optimum to reach besides, ‖W − W*‖ ≤ this ‖W‖, or
+            None. As f is λ-strongly convex in W, a gradient norm of λ ‖W‖ times this is enough.
+            Without a penalty the gradient norm to reach is this part of the tolerance.
         max_steps: The Newton steps to give up after; 0 for the start alone.
         report: Is called with the result so far after every step, once the model is updated.
         ranks: The processes that each hold some of the examples, and the same model.
 
     Returns:
         The result. Where `converged` is False, max_steps were done or rounding hid any further
-        descent, and the model is at the last point reached. On the way it takes memory for N K
-        softmax outputs, or a quarter of what the device has if that is less, for some matrices
+        descent, and the model is at the last point reached. This takes memory for N K softmax
+        outputs, or a quarter of what the device has if that is less, for some matrices
         (D + 1, D + 1), and for some hundred times the model.
 
     Raises:
@@ -116,30 +111,38 @@ def goal_of(tolerance: float, weight_tolerance: float | None, max_steps: int) ->
 
 
 def begin(model: SoftmaxRegression, data: Data, weight_decay: float) -> Descent:
-    """Check a model and examples, and stand at the model."""
+    """Check a model and examples, and start at the model."""
     ranks = data.ranks
     with ranks.together():
         _check_model(model)
         x, y, w = _examples(model, data)
-        _check_memory(x)
+        needed, there = _MATRICES * 8 * x.features**2, memory_of(x.device)
+        if needed > there:  # rather than be killed
+            raise ValueError(
+                f"input must have features of which {_MATRICES} matrices (D, D) fit in memory, got "
+                f"{x.features}, for {needed / 2**30:.1f} GiB of {there / 2**30:.1f}"
+            )
     with outside_autocast(model.weight):
         total = ranks.sum if ranks.size > 1 else alone
-        objective = Objective(
-            x, y, model.num_classes, weight_decay, model.bias is not None, w, total
-        )
+        bias = model.bias is not None
+        objective = Objective(x, y, model.num_classes, weight_decay, bias, w, total)
         if not objective.divisor > 0:
             kind = "that is not left out" if w is None else "of a weight above 0"
             raise ValueError(f"input must hold at least one example {kind}, got none")
-        return Descent(objective, _parameters(model).to(objective.sums))
+        v = Layer(model.weight, model.bias).join()
+        return Descent(objective, v.to(objective.sums, copy=True))
 
 
 def run(
     descent: Descent, model: SoftmaxRegression, goal: Goal, report: Callable[[Result], None]
 ) -> Result:
-    """Go to the optimum, and take the model along."""
+    """Go to the optimum, and update the model at every step."""
 
     def follow(result: Result, v: Tensor) -> None:
-        _update(model, v)
+        W, b = Layer.split(v, model.in_features)
+        model.weight.copy_(W)
+        if model.bias is not None and b is not None:
+            model.bias.copy_(b)
         if result.steps > 0:
             report(result)
 
@@ -153,8 +156,7 @@ def _check_model(model: SoftmaxRegression) -> None:
         raise TypeError(f"model must be a SoftmaxRegression, got {type(model).__name__}")
     own = dict(model.named_parameters(recurse=False))
     for name in ("weight", "bias"):
-        value = getattr(model, name)
-        if value is not None and name not in own:
+        if getattr(model, name) is not None and name not in own:
             raise ValueError(
                 f"model must hold its {name} as a parameter, got one that is computed from others"
             )
@@ -164,61 +166,48 @@ def _check_model(model: SoftmaxRegression) -> None:
         raise ValueError("model must be on a device that holds numbers, got 'meta'")
 
 
-def _check_memory(x: Rows) -> None:
-    """Raise where the matrices of the features can't fit in memory, rather than be killed."""
-    needed, there = _MATRICES * 8 * x.features**2, memory_of(x.device)
-    if needed > there:
-        raise ValueError(
-            f"input must have features of which {_MATRICES} matrices (D, D) fit in memory, got "
-            f"{x.features}, for {needed / 2**30:.1f} GiB of {there / 2**30:.1f}"
-        )
-
-
 def _examples(model: SoftmaxRegression, data: Data) -> tuple[Rows, Tensor, Tensor | None]:
     """The examples that are not left out, checked: x (N, D), their targets and weights."""
-    weight, target = model.weight, data.target
+    target, classes = data.target, model.num_classes
     shape, x = _rows(model, data.input)
-    checks.target(target, shape, (*shape, model.num_classes))
+    checks.target(target, shape, (*shape, classes))
     w = _weights(data.sample_weight, shape)
-    keep = None if w is None else w != 0
+    keep = torch.ones(len(x), dtype=torch.bool) if w is None else (w != 0).cpu()
     if target.is_floating_point():
-        y = target.reshape(-1, model.num_classes)
+        y = target.reshape(-1, classes)
         if bool((y < 0).any()):
             raise ValueError("target must hold class probabilities of at least 0, got one below")
     else:
         y = target.reshape(-1).long()
-        checks.labels(y, model.num_classes, IGNORED)
-        counts = y != IGNORED
-        keep = counts if keep is None else counts & keep.to(y.device)
-    if keep is not None and not bool(keep.all()):
+        checks.labels(y, classes, IGNORED)
+        keep &= (y != IGNORED).cpu()
+    if not bool(keep.all()):
         x, y = x.take(keep), y[keep.to(y.device)]
         w = None if w is None else w[keep.to(w.device)]
-    return x, y.to(weight.device), w
+    return x, y.to(model.weight.device), w
 
 
 def _rows(model: SoftmaxRegression, input: Tensor | Rows) -> tuple[tuple[int, ...], Rows]:
     """The shape of the examples (...), and all of them as rows."""
-    weight, dtype = model.weight, model.weight.dtype
+    device, dtype = model.weight.device, model.weight.dtype
     if isinstance(input, Rows):
         if input.features != model.in_features:
             raise ValueError(
                 f"input must have {model.in_features} features, as the model has, "
                 f"got {input.features}"
             )
-        return (len(input),), input.to(weight.device, dtype)
-    checks.linear_layer(input, weight, model.bias)
-    if input.device != weight.device:
-        raise ValueError(
-            f"input must be on the device of the model, {weight.device}, got {input.device}"
-        )
+        return (len(input),), input.to(device, dtype)
+    checks.linear_layer(input, model.weight, model.bias)
+    if input.device != device:
+        raise ValueError(f"input must be on the device of the model, {device}, got {input.device}")
     if input.dtype != dtype:
         raise TypeError(f"input must have the dtype of the model, {dtype}, got {input.dtype}")
     x = input.detach().reshape(-1, input.shape[-1]).contiguous()
-    return tuple(input.shape[:-1]), Rows(x).to(x.device, dtype)
+    return tuple(input.shape[:-1]), Rows(x).to(device, dtype)
 
 
 def _weights(value: object, shape: tuple[int, ...]) -> Tensor | None:
-    """The weights of the examples as float64 or float32 numbers, (N,), checked."""
+    """The weights of the examples as floating-point numbers, (N,), checked."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
@@ -231,17 +220,3 @@ def _weights(value: object, shape: tuple[int, ...]) -> Tensor | None:
     if not bool((w.isfinite() & (w >= 0)).all()):
         raise ValueError("sample_weight must hold finite numbers of at least 0, got another")
     return w
-
-
-def _parameters(model: SoftmaxRegression) -> Tensor:
-    """A copy of (W, b), (K, P)."""
-    if model.bias is None:
-        return model.weight.clone()
-    return torch.cat([model.weight, model.bias.unsqueeze(1)], 1)
-
-
-def _update(model: SoftmaxRegression, v: Tensor) -> None:
-    """Write (W, b) into a model."""
-    model.weight.copy_(v[:, : model.in_features])
-    if model.bias is not None:
-        model.bias.copy_(v[:, -1])

@@ -40,17 +40,16 @@ def penalty_path(
 ) -> Iterator[Fitted]:
     """Fit a model for each of some penalties, from the strongest to the weakest.
 
-    What the examples have in common for all of them is worked out once, and every fit begins at
-    the optimum of the penalty before.
+    Every fit begins at the optimum of the penalty before.
 
     Args:
         model: Where the first one begins; it is left as it is.
-        input: As `newton.minimize` takes it, and the others of the same names too.
+        input: As `newton.minimize` takes it, and all arguments that have a name in common.
         target: Class indices or probabilities.
         weight_decays: λ of each, in any order.
-        sample_weight: What each example counts for.
+        sample_weight: The weight of each example.
         tolerance: The gradient norm to reach at each λ.
-        weight_tolerance: How near each weight is to come to the optimum.
+        weight_tolerance: The distance to each optimum to reach besides.
         max_steps: The Newton steps to give up after at each λ.
         report: Is called with the result so far after every step.
         ranks: The processes that each hold some of the examples.
