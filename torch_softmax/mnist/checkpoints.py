@@ -156,16 +156,15 @@ class Checkpoint:
             data = load_dataset(dataset or self.dataset, place)
         except DataError as error:
             raise type(error)(f"{error}{gone}") from error
-        self._check_fits(data)
+        self.check_pixels(data.train.images.shape[1], data.name)
         return data
 
-    def _check_fits(self, data: TrainTest) -> None:
-        """Raise a CheckpointError unless the model is for images as large as a data set's."""
+    def check_pixels(self, pixels: int, dataset: str) -> None:
+        """Raise a CheckpointError unless the model is for images of a number of pixels."""
         features = self.model["weight"].shape[1]
-        pixels = data.train.images.shape[1]
         if features != pixels:
             raise CheckpointError(
-                f"the checkpoint is of a model for {features} pixels, but {data.name} has {pixels}"
+                f"the checkpoint is of a model for {features} pixels, but {dataset} has {pixels}"
             )
 
     def build_model(self, device: torch.device | str = "cpu") -> SoftmaxRegression:

@@ -99,28 +99,6 @@ def add_evaluate(commands: "Commands[Parser]") -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def add_predict(commands: "Commands[Parser]") -> None:
-    """Tell what is drawn in pictures."""
-    parser = commands.add_parser(
-        "predict",
-        help="tell what is drawn in your own pictures",
-        description="Tell what is drawn in pictures, from left to right, and how sure that is.",
-        epilog="exit status: 1 where a picture can't be read, else 3 where one shows no character",
-        example="torch-softmax predict runs/short photo.jpg scans/",
-    )
-    add_run_argument(parser)
-    parser.add_argument(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE",
-        help="a picture, or a folder: then each picture in it, in order of name",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON array of all results instead"
-    )
-
-
 def add_plot(commands: "Commands[Parser]") -> None:
     """Draw a report of a training."""
     parser = commands.add_parser(
