@@ -15,8 +15,8 @@ from .._checks import UserError
 from .._files import write_atomically
 from ..modules import SoftmaxRegression
 from .data import DataError, TrainTest, load_dataset
-from .settings import Settings
-from .sources import DATASETS, DEFAULT_DATA_DIR, NUM_CLASSES, SOURCES
+from .download import find_folder
+from .settings import DATASETS, DEFAULT_DATA_DIR, NUM_CLASSES, Settings
 from .training import Score, Tally
 
 CHECKPOINT_NAME = "model.pt"  # in a run directory
@@ -146,9 +146,8 @@ class Checkpoint:
         """
         place = data_dir or DEFAULT_DATA_DIR
         gone = ""
-        source = SOURCES.get(self.dataset)
-        if data_dir is None and self.data_dir is not None and source is not None:
-            if Path(self.data_dir, source.name).is_dir():
+        if data_dir is None and self.data_dir is not None:
+            if find_folder(self.dataset, Path(self.data_dir)) is not None:
                 place = Path(self.data_dir)
             else:
                 gone = f"; the run had its data in {self.data_dir}, where they are no longer"

@@ -150,7 +150,7 @@ def test_a_folder_without_pictures(run_dir, tmp_path, capsys):
     ("dataset", "message"),
     [
         ("mnist", "the checkpoint is of a model for 64 pixels, but mnist has 784"),
-        ("kmnist", "the checkpoint is of a model for kmnist; predict reads digits, "),
+        ("kmnist", "the checkpoint is of a model for kmnist; predict reads digits only"),
     ],
 )
 def test_a_checkpoint_of_other_images(trained, tmp_path, seven, capsys, dataset, message):

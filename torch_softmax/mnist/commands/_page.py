@@ -15,7 +15,7 @@ from ..._figures import GREY
 from .. import metrics
 from ..checkpoints import Checkpoint
 from ..data import ImageDataset
-from ..sources import NUM_CLASSES
+from ..settings import NUM_CLASSES
 
 WIDTH, HEIGHT = 8.27, 11.69  # A4; these and all places on the page are in inches
 MARGIN = 0.65

@@ -5,8 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..._command_line import Parser, add_device_option
-from ..settings import DEFAULTS, SCHEDULES, UNITS, Settings
-from ..sources import DATASETS
+from ..settings import DATASETS, DEFAULTS, SCHEDULES, UNITS, Settings
 from ._options import add_data_options, add_run_argument, add_run_data_dir_option
 
 EXPORT_FORMATS = ("pt2", "onnx")

@@ -23,7 +23,7 @@ from .. import metrics
 from ..checkpoints import load_checkpoint
 from ..data import ImageDataset
 from ..metrics import CALIBRATION_BINS, RESAMPLES, Estimate
-from ..sources import NUM_CLASSES
+from ..settings import NUM_CLASSES
 
 RATES = {"precision": metrics.precision, "recall": metrics.recall, "F1": metrics.f1_score}
 METHODS = {

@@ -94,12 +94,10 @@ def frame_for(checkpoint: "Checkpoint") -> "Frame":
     from ..checkpoints import CheckpointError
     from ..pictures import FRAMES
 
-    if checkpoint.dataset not in FRAMES:
-        raise CheckpointError(
-            f"the checkpoint is of a model for {checkpoint.dataset}; predict reads digits, "
-            f"for a model of {', '.join(FRAMES)}"
-        )
-    frame = FRAMES[checkpoint.dataset]
+    name = "mnist" if checkpoint.dataset == "idx" else checkpoint.dataset
+    if name not in FRAMES:
+        raise CheckpointError(f"the checkpoint is of a model for {name}; predict reads digits only")
+    frame = FRAMES[name]
     checkpoint.check_pixels((frame.side // frame.block) ** 2, checkpoint.dataset)
     return frame
 
