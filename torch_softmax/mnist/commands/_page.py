@@ -86,7 +86,7 @@ def draw_run(checkpoint: Checkpoint, test: ImageDataset) -> Figure:
     with torch.no_grad():
         probabilities, loss = model.predict_proba(images), model.loss(images, labels).item()
     confusion = metrics.confusion_matrix(labels, probabilities.argmax(1), NUM_CLASSES)
-    accuracy = metrics.accuracy(confusion)
+    accuracy = metrics.rates(confusion)["accuracy"]
     result = (
         f"{accuracy.value:.2%} of {len(test):,} test images right "
         f"(95% interval {accuracy.low:.2%} to {accuracy.high:.2%}), mean loss {loss:.4f}"
@@ -168,10 +168,9 @@ def draw_confusion(page: Page, y: float, confusion: Tensor) -> None:
 
 def draw_calibration(page: Page, y: float, probabilities: Tensor, labels: Tensor) -> None:
     """Show how often predictions of a confidence are right, and how many there are."""
-    error = metrics.expected_calibration_error(probabilities, labels)
-    note = f"expected calibration error {error:.2%}; lines are 95% intervals"
-    page.heading(RIGHT, y, "Calibration", note)
     curve = metrics.calibration_curve(probabilities, labels)
+    note = f"expected calibration error {curve.error:.2%}; lines are 95% intervals"
+    page.heading(RIGHT, y, "Calibration", note)
     draw_reliability(page.axes(RIGHT + INDENT, y + BELOW_HEADING, AXES_WIDTH, 1.95), curve)
     draw_counts(page.axes(RIGHT + INDENT, y + BELOW_HEADING + 2.05, AXES_WIDTH, 0.85), curve.counts)
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..._command_line import Parser, add_device_option
-from ..settings import DATASETS, DEFAULTS, SCHEDULES, UNITS, Settings
+from ..settings import DEFAULTS, SCHEDULES, UNITS, Settings
 from ._options import add_data_options, add_run_argument, add_run_data_dir_option
 
 EXPORT_FORMATS = ("pt2", "onnx")
@@ -77,25 +77,6 @@ def add_resume(commands: "Commands[Parser]") -> None:
     )
     add_run_data_dir_option(parser)
     add_device_option(parser)
-
-
-def add_evaluate(commands: "Commands[Parser]") -> None:
-    """Test a trained classifier."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="test a trained classifier, with 95%% intervals",
-        description="Test a trained classifier: accuracy, loss, calibration, and of each class\n"
-        "precision, recall and F1, with 95% intervals.",
-        example="torch-softmax evaluate runs/short",
-    )
-    add_run_argument(parser)
-    parser.add_argument(
-        "--dataset",
-        choices=DATASETS[1:],
-        help="whose test images to take (default: those of the data set it was trained on)",
-    )
-    add_run_data_dir_option(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def add_plot(commands: "Commands[Parser]") -> None:
