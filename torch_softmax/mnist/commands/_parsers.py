@@ -79,25 +79,6 @@ def add_resume(commands: "Commands[Parser]") -> None:
     add_device_option(parser)
 
 
-def add_plot(commands: "Commands[Parser]") -> None:
-    """Draw a report of a training."""
-    parser = commands.add_parser(
-        "plot",
-        help="draw a page about a training: weights, curves, mistakes",
-        description="Draw a report of a training run on one page: weights, learning curves, "
-        "confusion, calibration and the most confident mistakes.",
-        example="torch-softmax plot runs/short",
-    )
-    add_run_argument(parser)
-    add_run_data_dir_option(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="where the page goes, as PNG, PDF or SVG by its ending (default: RUN_DIR/report.png)",
-    )
-
-
 def add_export(commands: "Commands[Parser]") -> None:
     """Export a trained classifier."""
     parser = commands.add_parser(
