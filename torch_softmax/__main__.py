@@ -10,6 +10,7 @@ from . import __version__
 from ._command_line import Parser, add_device_option, run_command
 from ._torchrun import one_voice
 from .mnist.commands import _parsers as parsers
+from .mnist.commands import evaluate, plot, predict
 
 # What each command runs: `run(args)` of a module, which is loaded only then.
 MODULES = {
@@ -42,9 +43,9 @@ def build_parser() -> Parser:
     )
     parsers.add_train(commands)
     parsers.add_resume(commands)
-    parsers.add_evaluate(commands)
-    parsers.add_predict(commands)
-    parsers.add_plot(commands)
+    evaluate.add_parser(commands)
+    predict.add_parser(commands)
+    plot.add_parser(commands)
     parsers.add_export(commands)
     add_verify(commands)
     for command in commands.choices.values():

@@ -6,7 +6,7 @@ None of it loads torch before a command runs, so that --help answers at once.
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -84,6 +84,18 @@ def run_command(parser: Parser, command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as error:
         print(f"{parser.prog}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows of cells in columns, the first one flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if k else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 @contextmanager

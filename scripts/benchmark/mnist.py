@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from torch_softmax import SoftmaxRegression
 from torch_softmax.mnist.data import ImageDataset, batch_loader, load_dataset
-from torch_softmax.mnist.settings import Settings
-from torch_softmax.mnist.sources import NUM_CLASSES
+from torch_softmax.mnist.settings import NUM_CLASSES, Settings
 from torch_softmax.mnist.training import train_epoch
 
 from .measure import Options, Row, best_seconds, reason
@@ -57,7 +56,7 @@ def torchvision_mnist(options: Options) -> Any:
     from torchvision import datasets, transforms  # slow, and needed only here
 
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    return datasets.MNIST(options.data_dir, transform=transform)
+    return datasets.MNIST(options.data_dir, transform=transform, download=True)
 
 
 def in_memory_loops(examples: ImageDataset) -> dict[str, Loop]:

@@ -33,7 +33,7 @@ from torch_softmax.curvature import HeadHessian
 from torch_softmax.functional import linear_cross_entropy
 from torch_softmax.mnist.commands._options import add_data_options
 from torch_softmax.mnist.data import ImageDataset, load_dataset
-from torch_softmax.mnist.sources import DEFAULT_DATA_DIR, NUM_CLASSES
+from torch_softmax.mnist.settings import DEFAULT_DATA_DIR, NUM_CLASSES
 from torch_softmax.optim.newton import minimize
 
 if TYPE_CHECKING:

@@ -1,18 +1,18 @@
-"""Pictures of digits as a camera takes them: paper, desks, shadows, lines, and no digit at all.
+"""Pictures of digits like those of a camera: paper, desks, shadows, lines, and no digit at all.
 
-    sheet = picture("shadow, hard", [digit], generator)
+    sheet = picture("hard shadow", [digit], generator)
 
-A picture is what its ground and its ink reflect, times the light that falls on it, blurred by a
-lens, with noise.
+A picture is the light that its ground and its ink reflect, blurred by a lens, with noise.
 """
 
 import math
 from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2.functional import gaussian_blur
+from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor
 
 Map = Tensor  # (H, W), mostly from 0 to 1
 
@@ -28,7 +28,7 @@ def coordinates(shape: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def beyond(shape: Sequence[int], degrees: float, offset: float, softness: float = 0.002) -> Map:
-    """Where a point is farther from the middle in a direction than the offset."""
+    """Mark the points whose distance from the middle in a direction is above the offset."""
     y, x = coordinates(shape)
     angle = math.radians(degrees)
     distance = math.cos(angle) * x + math.sin(angle) * y - offset
@@ -45,7 +45,7 @@ def clouds(shape: Sequence[int], power: float, random: torch.Generator) -> Map:
     return (noise - noise.min()) / (noise.max() - noise.min())
 
 
-# What the paper lies on, is lit by and is ruled with: each returns a factor of the light reflected.
+# Grounds: each function returns the part of the light that the ground reflects.
 
 
 def desk_around(shape: Sequence[int], random: torch.Generator) -> Map:
@@ -98,61 +98,63 @@ GROUNDS = {
     "plain": plain,
     "light on dark": plain,
     "several": plain,
-    "several, ruled": ruled,
-    "several, shadow, hard": shadow(0.002),
+    "several on ruled paper": ruled,
     "desk around": desk_around,
-    "several, desk around": desk_around,
     "desk at a side": desk_at_a_side,
     "desk in a corner": desk_in_a_corner,
-    "shadow, hard": shadow(0.002),
-    "shadow, soft": shadow(0.06),
+    "hard shadow": shadow(0.002),
+    "soft shadow": shadow(0.06),
     "ruled": ruled,
 }
-BLANK = {"blank": plain, "blank, shadow": shadow(0.01), "blank, desk around": desk_around}
-NOTHING = (*BLANK, "landscape", "portrait")
-KINDS = (*GROUNDS, *NOTHING)
+BLANK = {"blank": plain, "blank in a shadow": shadow(0.01), "blank on a desk": desk_around}
+NO_DIGIT = (*BLANK, "words", "landscape", "face")
+WORDS = ("HELLO", "the", "word", "Torch", "quick brown", "No. 5", "cat\ndog", "illi", "PAID")
 
 
 def picture(kind: str, digits: Sequence[Map], random: torch.Generator) -> Map:
-    """Return the grey levels of a picture; of what shows nothing, the digits are not used."""
+    """Return the grey levels of a picture; a kind in NO_DIGIT has no use for the digits."""
     shape = [int(between(240, 480, random)) for _ in range(2)]
     if kind == "landscape":
         return photographed(clouds(shape, between(0.8, 2.0, random), random), random)
-    if kind == "portrait":
-        return photographed(lit(portrait(shape, random), random), random)
+    if kind == "face":
+        return photographed(lit(face(shape, random), random), random)
+    if kind == "words":
+        return photographed(lit(1 - printed(shape, random), random), random)
     if kind in BLANK:
         return photographed(lit(BLANK[kind](shape, random), random), random)
     ground = GROUNDS[kind](shape, random)
-    # A row must not run off the sheet.
-    width = 0.6 if "desk around" in kind else 0.85
-    ink = written(digits, shape, width, random) * between(0.55, 0.9, random)
+    ink = written(digits, shape, random) * between(0.55, 0.9, random)
     sheet = lit(ground * (1 - ink), random)
     return photographed(1 - sheet if kind == "light on dark" else sheet, random)
 
 
-def written(
-    digits: Sequence[Map], shape: Sequence[int], width: float, random: torch.Generator
-) -> Map:
-    """Write digits in a row, somewhere near the middle, in a part of the width at the most."""
+def printed(shape: Sequence[int], random: torch.Generator) -> Map:
+    """Print a word in a font of Pillow's own."""
+    text = WORDS[int(between(0, len(WORDS), random))]
+    image = Image.new("L", (shape[1], shape[0]))
+    font = ImageFont.load_default(between(20, 70, random))
+    place = (0.15 * shape[1], 0.3 * shape[0])
+    ImageDraw.Draw(image).text(place, text, fill=255, font=font)
+    return pil_to_tensor(image)[0] / 255 * between(0.55, 0.9, random)
+
+
+def written(digits: Sequence[Map], shape: Sequence[int], random: torch.Generator) -> Map:
+    """Write digits in a row, somewhere near the middle."""
     ink = torch.zeros(tuple(shape))
     # A digit's own margins keep it away from the next one.
-    side = between(0.35, 0.6, random) * min(shape)
-    side = min(side, width * shape[1] / len(digits))
-    left = (shape[1] - side * len(digits)) / 2
-    top = (shape[0] - side) / 2
-    top += between(-0.06, 0.06, random) * shape[0]
-    left += between(-0.04, 0.04, random) * shape[1]
+    side = min(between(0.35, 0.6, random) * min(shape), 0.85 * shape[1] / len(digits))
+    top = (shape[0] - side) / 2 + between(-0.06, 0.06, random) * shape[0]
+    left = (shape[1] - side * len(digits)) / 2 + between(-0.04, 0.04, random) * shape[1]
     for k, digit in enumerate(digits):
         big = drawn(digit, round(side))
-        y = round(top + between(-0.05, 0.05, random) * side)
-        x = round(left + k * side)
-        y, x = max(0, y), max(0, x)
+        y = max(0, round(top + between(-0.05, 0.05, random) * side))
+        x = max(0, round(left + k * side))
         room = ink[y : y + len(big), x : x + len(big)]
         torch.maximum(room, big[: room.shape[0], : room.shape[1]], out=room)
     return ink
 
 
-def portrait(shape: Sequence[int], random: torch.Generator) -> Map:
+def face(shape: Sequence[int], random: torch.Generator) -> Map:
     """A face with its features, on shoulders, before something out of focus."""
     y, x = coordinates(shape)
     x, y = x - between(-0.1, 0.1, random), y - between(-0.1, 0.1, random)

@@ -158,7 +158,7 @@ def test_data_that_are_nowhere_are_told_of_with_both_places(on_mnist, tmp_path):
     with pytest.raises(DataNotFoundError) as raised:
         on_mnist.load_data()
     message = str(raised.value)
-    assert message.startswith("MNIST is not in data/MNIST/raw and can't be fetched")
+    assert message.startswith("MNIST is not in data/MNIST/raw and can't be downloaded")
     assert message.endswith(
         f"; the run had its data in {on_mnist.data_dir}, where they are no longer"
     )
@@ -290,7 +290,7 @@ def test_a_file_of_another_kind(path, content):
         (
             "dataset",
             "cifar",
-            "dataset must be 'mnist', 'fashion-mnist', 'kmnist' or 'digits', got 'cifar'",
+            "dataset must be 'mnist', 'fashion-mnist', 'kmnist', 'idx' or 'digits', got 'cifar'",
         ),
         ("epoch", 1, "history must be of 1 epochs, got 2"),
         ("data_dir", 7, "data_dir must be a path or None, got 7"),

@@ -15,8 +15,8 @@ from .._checks import UserError
 from .._files import write_atomically
 from ..modules import SoftmaxRegression
 from .data import DataError, TrainTest, load_dataset
-from .settings import Settings
-from .sources import DATASETS, DEFAULT_DATA_DIR, NUM_CLASSES, SOURCES
+from .download import find_folder
+from .settings import DATASETS, DEFAULT_DATA_DIR, NUM_CLASSES, Settings
 from .training import Score, Tally
 
 CHECKPOINT_NAME = "model.pt"  # in a run directory
@@ -146,9 +146,8 @@ class Checkpoint:
         """
         place = data_dir or DEFAULT_DATA_DIR
         gone = ""
-        source = SOURCES.get(self.dataset)
-        if data_dir is None and self.data_dir is not None and source is not None:
-            if Path(self.data_dir, source.name).is_dir():
+        if data_dir is None and self.data_dir is not None:
+            if find_folder(self.dataset, Path(self.data_dir)) is not None:
                 place = Path(self.data_dir)
             else:
                 gone = f"; the run had its data in {self.data_dir}, where they are no longer"
@@ -156,16 +155,15 @@ class Checkpoint:
             data = load_dataset(dataset or self.dataset, place)
         except DataError as error:
             raise type(error)(f"{error}{gone}") from error
-        self._check_fits(data)
+        self.check_pixels(data.train.images.shape[1], data.name)
         return data
 
-    def _check_fits(self, data: TrainTest) -> None:
-        """Raise a CheckpointError unless the model is for images as large as a data set's."""
+    def check_pixels(self, pixels: int, dataset: str) -> None:
+        """Raise a CheckpointError unless the model is for images of a number of pixels."""
         features = self.model["weight"].shape[1]
-        pixels = data.train.images.shape[1]
         if features != pixels:
             raise CheckpointError(
-                f"the checkpoint is of a model for {features} pixels, but {data.name} has {pixels}"
+                f"the checkpoint is of a model for {features} pixels, but {dataset} has {pixels}"
             )
 
     def build_model(self, device: torch.device | str = "cpu") -> SoftmaxRegression:

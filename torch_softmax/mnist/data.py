@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .. import _checks as checks
 from ..distributed.data_parallel import Ranks
 from .download import DataError, DataNotFoundError, read_mnist
-from .sources import DATASETS, NUM_CLASSES, SOURCES
+from .settings import DATASETS, NUM_CLASSES
 
 __all__ = [
     "DATASETS",
@@ -157,9 +157,11 @@ def load_dataset(
 
     Args:
         name: 'mnist', 'fashion-mnist', 'kmnist' (28x28 pixels, 60,000 + 10,000 images, from
-            torchvision's mirrors), 'digits' (8x8 pixels, 1,442 + 355 images, part of this package),
-            or 'auto': mnist if it is on disk or can be downloaded, else digits.
-        data_dir: The root folder of torchvision's data sets; digits doesn't need it.
+            torchvision's mirrors), 'idx' (other images of ten classes in MNIST's four files),
+            'digits' (8x8 pixels, 1,442 + 355 images, part of this package), or 'auto': mnist if it
+            is on disk or can be downloaded, else digits.
+        data_dir: The root folder of torchvision's data sets, or the folder with the four files;
+            digits doesn't need it.
         notify: Is called with one line when 'auto' falls back to the digits.
 
     Returns:
@@ -180,7 +182,7 @@ def load_dataset(
         return _load_digits()
     if name != "auto":
         root = Path(data_dir).expanduser()
-        parts = read_mnist(SOURCES[name], root)
+        parts = read_mnist(name, root)
         train, test = (ImageDataset(*part, max_pixel=255) for part in parts)
         return TrainTest(name, train, test, str(root.absolute()))
     try:

@@ -1,20 +1,28 @@
-"""MNIST and the data sets in its format: downloaded if need be, and checked before use."""
+"""MNIST and data sets in its format: found on disk or downloaded, and checked before use."""
 
 import gzip
-import hashlib
+import io
 import math
-import os
+import socket
 import struct
+import sys
 import tempfile
 import zlib
+from contextlib import redirect_stderr, redirect_stdout
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .._checks import UserError
-from .mirrors import FetchError, fetch
-from .sources import ARCHIVES, NUM_CLASSES, Source
+from .settings import NUM_CLASSES
+
+CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}  # of torchvision
+PARTS = ("train", "t10k")
+FILES = [f"{part}-{kind}" for part in PARTS for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+SIDE = 28  # pixels of an image
+SILENCE = 20.0  # seconds to wait for the next bytes of a mirror
 
 
 class DataError(UserError):
@@ -22,118 +30,121 @@ class DataError(UserError):
 
 
 class DataNotFoundError(DataError):
-    """Data that is neither on disk nor to be had from the network."""
+    """Data that are neither on disk nor can be downloaded."""
 
 
-def read_mnist(source: Source, root: Path) -> list[tuple[Tensor, Tensor]]:
-    """Return the images and labels of the training and of the test set.
-
-    The files lie where torchvision has them, which only looks whether they exist. Here the packed
-    ones must have the source's checksums, and the unpacked ones must be whole, in the right format,
-    and the same as what the packed ones hold, where these are there too.
+def find_folder(name: str, root: Path) -> Path | None:
+    """Return the folder that has a data set's four files, packed or not, or None.
 
     Args:
-        source: The data set.
-        root: Torchvision's root directory; missing files are downloaded to it and unpacked.
+        name: The data set, as in `settings.DATASETS`.
+        root: Torchvision's root directory, or the folder itself.
+    """
+    folders = [root / CLASSES[name] / "raw", root] if name in CLASSES else [root]
+    return next((folder for folder in folders if not _missing(folder)), None)
+
+
+def read_mnist(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
+    """Return the images and labels of the training and of the test set.
+
+    Each file may be packed (.gz), by any program, or unpacked, which is preferred. What the file
+    holds is checked, not its own bytes.
+
+    Args:
+        name: 'mnist', 'fashion-mnist', 'kmnist', whose missing files torchvision downloads, or
+            'idx', for other images of ten classes in the same four files.
+        root: Torchvision's root directory, or the folder with the four files.
 
     Returns:
         For each set, uint8 images of shape (N, 784) and int64 labels of shape (N,).
 
     Raises:
-        DataNotFoundError: The files are not on disk and can't be fetched.
+        DataNotFoundError: A file is not on disk and can't be downloaded.
         DataError: A file is broken, or can't be read.
     """
-    folder = root / source.name / "raw"
+    folder = find_folder(name, root)
+    if folder is None and name not in CLASSES:
+        raise DataNotFoundError(
+            f"{name} needs the files {', '.join(FILES)}, packed as .gz or not, in {root}"
+        )
+    if folder is None:
+        folder = root / CLASSES[name] / "raw"
+        _download(CLASSES[name], folder)
     try:
-        for name, checksum in zip(ARCHIVES, source.checksums, strict=True):
-            path = folder / name
-            if path.exists() and _md5(path) != checksum:
-                raise _broken(path, f"does not have {source.name}'s checksum")
-        _fetch_missing(source, folder)
-        return [_read_part(folder, part) for part in ("train", "t10k")]
+        return [_read_part(folder, part) for part in PARTS]
     except OSError as error:
         raise DataError(f"{error.filename or folder} can't be read: {error.strerror}") from error
 
 
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+def _missing(folder: Path) -> list[str]:
+    return [name for name in FILES if not any(path.exists() for path in _paths(folder, name))]
 
 
-def _fetch_missing(source: Source, folder: Path) -> None:
-    """Download each file that is there neither packed nor unpacked."""
-    checksums = dict(zip(ARCHIVES, source.checksums, strict=True))
-    missing = [
-        name
-        for name in ARCHIVES
-        if not (folder / name).exists() and not (folder / name).with_suffix("").exists()
-    ]
-    if not missing:
-        return
-    mirrors = _mirrors(source)
-    for name in missing:
-        try:
-            has_it, content = fetch(mirrors, name, checksums[name])
-            _write(folder / name, content)
-        except (FetchError, DataError) as error:
-            raise DataNotFoundError(
-                f"{source.name} is not in {folder} and can't be fetched ({error}): "
-                f"put its four .gz files there or name another data directory"
-            ) from error
-        mirrors.sort(key=lambda mirror: mirror != has_it)  # the next file begins with this one
+def _paths(folder: Path, name: str) -> tuple[Path, Path]:
+    """Return where a file is unpacked, and where it is packed."""
+    return folder / name, folder / f"{name}.gz"
 
 
-def _mirrors(source: Source) -> list[str]:
-    """The addresses to download from, with those over HTTP at the end.
-
-    These are for a machine that has no certificates; the checksums keep them honest.
-    """
+def _download(class_name: str, folder: Path) -> None:
+    """Let torchvision download each missing file from its mirrors, and check its MD5 sum."""
     from torchvision import datasets  # slow, and needed only here
+    from torchvision.datasets.utils import download_url
 
-    mirrors = getattr(datasets, source.name).mirrors
-    secure = [mirror for mirror in mirrors if mirror.startswith("https:")]
-    return [*mirrors, *(mirror.replace("https:", "http:", 1) for mirror in secure)]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file in one step, even where other processes do so at the same time."""
+    dataset = getattr(datasets, class_name)
+    checksums = dict(dataset.resources)
+    is_terminal = sys.stderr.isatty()  # only there torchvision's bar is of use
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            whole = Path(scratch, path.name)
-            whole.write_bytes(content)
-            whole.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} can't be written: {error.strerror}") from error
+        for name in [f"{name}.gz" for name in _missing(folder)]:
+            failures = []
+            for mirror in dataset.mirrors:
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    # A file gets its name only once it is whole.
+                    with (
+                        tempfile.TemporaryDirectory(dir=folder) as scratch,
+                        redirect_stdout(io.StringIO()),
+                        redirect_stderr(sys.stderr if is_terminal else io.StringIO()),
+                    ):
+                        download_url(mirror + name, scratch, name, checksums[name])
+                        Path(scratch, name).replace(folder / name)
+                    break
+                except (OSError, RuntimeError, HTTPException) as error:
+                    failures.append(f"{mirror}: {' '.join(str(error).split())}")
+            else:
+                raise DataNotFoundError(
+                    f"{class_name} is not in {folder} and can't be downloaded "
+                    f"({'; '.join(failures)}): put its four files there or name another --data-dir"
+                )
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    image_file = folder / f"{part}-images-idx3-ubyte"
-    label_file = folder / f"{part}-labels-idx1-ubyte"
-    images = _read_idx(image_file, dims=3)
-    labels = _read_idx(label_file, dims=1)
+    images, image_file = _read_idx(folder, f"{part}-images-idx3-ubyte", dims=3)
+    labels, label_file = _read_idx(folder, f"{part}-labels-idx1-ubyte", dims=1)
     count, height, width = images.shape
-    if count == 0 or (height, width) != (28, 28):
-        raise _broken(image_file, f"holds {count} images of {height}x{width} pixels, not of 28x28")
+    if count == 0 or (height, width) != (SIDE, SIDE):
+        size = f"{height}x{width} pixels, not of {SIDE}x{SIDE}"
+        raise _broken(image_file, f"holds {count} images of {size}")
     if len(labels) != count:
         raise _broken(label_file, f"holds {len(labels)} labels for {count} images")
     if labels.max() >= NUM_CLASSES:
-        raise _broken(
-            label_file, f"holds the label {labels.max()}, not only 0 to {NUM_CLASSES - 1}"
-        )
+        raise _broken(label_file, f"holds the label {labels.max()}, not only 0 to 9")
     return images.flatten(1), labels.long()
 
 
-def _read_idx(path: Path, dims: int) -> Tensor:
-    """Return what an IDX file of bytes holds, once that agrees with its header and its archive."""
-    archive = path.with_name(path.name + ".gz")
-    packed = archive.read_bytes() if archive.exists() else None
-    if packed is not None and not path.exists():
-        unpacked = gzip.decompress(packed)
-        if os.access(path.parent, os.W_OK):
-            _write(path, unpacked)
-    else:
-        unpacked = path.read_bytes()
-    content = bytearray(unpacked)  # torch wants memory that it could write to
+def _read_idx(folder: Path, name: str, dims: int) -> tuple[Tensor, Path]:
+    """Return what an IDX file of bytes holds, once that agrees with its header, and its path."""
+    plain, packed = _paths(folder, name)
+    path = plain if plain.exists() else packed
+    content = path.read_bytes()
+    if path == packed:
+        try:
+            content = gzip.decompress(content)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise _broken(path, "is damaged") from error
     header_size = 4 * (1 + dims)
     if len(content) < header_size:
         raise _broken(path, "ends within its header")
@@ -142,12 +153,11 @@ def _read_idx(path: Path, dims: int) -> Tensor:
         raise _broken(path, f"has the magic number {magic}, not {0x800 + dims}")
     size = len(content) - header_size
     if size != math.prod(shape):
-        raise _broken(path, f"holds {size} bytes where its header tells of {math.prod(shape)}")
-    # The last eight bytes of a gzip file are the CRC-32 and the size of what it holds.
-    if packed is not None and packed[-8:-4] != struct.pack("<I", zlib.crc32(content)):
-        raise _broken(path, f"is not what {archive.name} holds")
-    return torch.frombuffer(content, dtype=torch.uint8)[header_size:].reshape(shape)
+        raise _broken(path, f"holds {size} bytes, but its header says {math.prod(shape)}")
+    # torch needs memory that it could write to.
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8)[header_size:]
+    return values.reshape(shape), path
 
 
 def _broken(path: Path, problem: str) -> DataError:
-    return DataError(f"{path} {problem}: delete it and run again to get it anew")
+    return DataError(f"{path} {problem}: delete it and run again")

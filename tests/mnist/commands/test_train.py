@@ -201,10 +201,10 @@ def test_an_output_directory_that_cannot_be(tmp_path, monkeypatch, capsys, name)
 
 def test_a_broken_data_file(tmp_path, capsys):
     folder = tmp_path / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    (folder / "train-images-idx3-ubyte.gz").write_bytes(b"half a file")
+    write_mnist(folder)
+    (folder / "train-images-idx3-ubyte").write_bytes(b"half a file")
     assert train(tmp_path / "run", f"--data-dir={tmp_path}", dataset="auto") == 1
-    assert f"{folder / 'train-images-idx3-ubyte.gz'} does not have" in one_line(capsys)
+    assert f"{folder / 'train-images-idx3-ubyte'} ends within its header" in one_line(capsys)
 
 
 def test_a_directory_that_holds_a_run_is_left_alone(tmp_path, capsys):

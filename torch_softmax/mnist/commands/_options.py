@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..sources import DATASETS, DEFAULT_DATA_DIR
+from ..settings import DATASETS, DEFAULT_DATA_DIR
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         choices=DATASETS,
         default="auto",
         help="auto (the default) is mnist if it is on disk or can be downloaded, else digits, "
-        "which are part of the package",
+        "which are part of the package; idx is any other data set in MNIST's four files",
     )
     add_data_dir_option(data)
 
@@ -26,7 +26,8 @@ def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
         type=Path,
         default=DEFAULT_DATA_DIR,
         metavar="DIR",
-        help="where data sets lie or are downloaded to (default: %(default)s)",
+        help="where data sets are or are downloaded to, or the folder with the four files "
+        "(default: %(default)s)",
     )
 
 
@@ -36,8 +37,8 @@ def add_run_data_dir_option(parser: argparse._ActionsContainer) -> None:
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="where data sets lie or are downloaded to (default: where the run had them, or "
-        f"{DEFAULT_DATA_DIR})",
+        help="where data sets are or are downloaded to, or the folder with the four files "
+        f"(default: where the run had them, or {DEFAULT_DATA_DIR})",
     )
 
 

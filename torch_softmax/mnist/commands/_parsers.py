@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ..._command_line import Parser, add_device_option
 from ..settings import DEFAULTS, SCHEDULES, UNITS, Settings
-from ..sources import DATASETS
 from ._options import add_data_options, add_run_argument, add_run_data_dir_option
 
 EXPORT_FORMATS = ("pt2", "onnx")
@@ -78,66 +77,6 @@ def add_resume(commands: "Commands[Parser]") -> None:
     )
     add_run_data_dir_option(parser)
     add_device_option(parser)
-
-
-def add_evaluate(commands: "Commands[Parser]") -> None:
-    """Test a trained classifier."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="test a trained classifier, with 95%% intervals",
-        description="Test a trained classifier: accuracy, loss, calibration, and of each class\n"
-        "precision, recall and F1, with 95% intervals.",
-        example="torch-softmax evaluate runs/short",
-    )
-    add_run_argument(parser)
-    parser.add_argument(
-        "--dataset",
-        choices=DATASETS[1:],
-        help="whose test images to take (default: those of the data set it was trained on)",
-    )
-    add_run_data_dir_option(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def add_predict(commands: "Commands[Parser]") -> None:
-    """Tell what is drawn in pictures."""
-    parser = commands.add_parser(
-        "predict",
-        help="tell what is drawn in your own pictures",
-        description="Tell what is drawn in pictures, from left to right, and how sure that is.",
-        epilog="exit status: 1 where a picture can't be read, else 3 where one shows no character",
-        example="torch-softmax predict runs/short photo.jpg scans/",
-    )
-    add_run_argument(parser)
-    parser.add_argument(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE",
-        help="a picture, or a folder: then each picture in it, in order of name",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON array of all results instead"
-    )
-
-
-def add_plot(commands: "Commands[Parser]") -> None:
-    """Draw a report of a training."""
-    parser = commands.add_parser(
-        "plot",
-        help="draw a page about a training: weights, curves, mistakes",
-        description="Draw a report of a training run on one page: weights, learning curves, "
-        "confusion, calibration and the most confident mistakes.",
-        example="torch-softmax plot runs/short",
-    )
-    add_run_argument(parser)
-    add_run_data_dir_option(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="where the page goes, as PNG, PDF or SVG by its ending (default: RUN_DIR/report.png)",
-    )
 
 
 def add_export(commands: "Commands[Parser]") -> None:
