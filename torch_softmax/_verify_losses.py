@@ -130,7 +130,7 @@ def cases_of_heads(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         return TEMPERATURE**2 * kl.sum(1)[keep].mean()
 
     def focal(z: Tensor, label: Tensor, rows: Tensor, of_classes: Tensor) -> Tensor:
-        log_S = log_softmax(z).gather(1, label.unsqueeze(1)).squeeze(1)
+        log_S = log_softmax(z).gather(-1, label.unsqueeze(-1)).squeeze(-1)
         return rows * of_classes[label] * (1 - log_S.exp()) ** 2 * -log_S
 
     return {
@@ -184,7 +184,7 @@ def cases_of_heads(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
 
 def log_softmax(z: Tensor) -> Tensor:
     """The logarithm of softmax, in operations that autograd knows by heart."""
-    return z - z.logsumexp(1, keepdim=True)
+    return z - z.logsumexp(-1, keepdim=True)
 
 
 def run(args: argparse.Namespace) -> int:
