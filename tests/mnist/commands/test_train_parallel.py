@@ -12,7 +12,8 @@ from torch_softmax import SoftmaxRegression
 from torch_softmax.__main__ import main
 from torch_softmax.distributed.data_parallel import Ranks, join_ranks
 from torch_softmax.mnist.checkpoints import load_checkpoint
-from torch_softmax.mnist.data import BatchIndices, DataError
+from torch_softmax.mnist.data import BatchIndices
+from torch_softmax.mnist.download import DataError
 from torch_softmax.mnist.training import batch_update
 
 # 1,442 examples in batches of 67 leave a last one of 35, which two processes can't halve.
