@@ -9,8 +9,7 @@ from importlib import import_module
 from . import __version__
 from ._command_line import Parser, add_device_option, run_command
 from ._torchrun import one_voice
-from .mnist.commands import _parsers as parsers
-from .mnist.commands import evaluate, plot, predict
+from .mnist.commands import evaluate, export, plot, predict, train
 
 # What each command runs: `run(args)` of a module, which is loaded only then.
 MODULES = {
@@ -41,15 +40,13 @@ def build_parser() -> Parser:
         metavar="COMMAND",
         required=True,
     )
-    parsers.add_train(commands)
-    parsers.add_resume(commands)
-    evaluate.add_parser(commands)
-    predict.add_parser(commands)
-    plot.add_parser(commands)
-    parsers.add_export(commands)
+    train.add_parser(commands)
+    train.add_resume_parser(commands)
+    for command in (evaluate, predict, plot, export):
+        command.add_parser(commands)
     add_verify(commands)
-    for command in commands.choices.values():
-        command.set_defaults(parser=command)
+    for each in commands.choices.values():
+        each.set_defaults(parser=each)
     return parser
 
 

@@ -33,7 +33,7 @@ EPOCHS = 5
 
 # Its server imports torch once, where otherwise every training would.
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch_softmax.mnist.commands.train"])
+PROCESSES.set_forkserver_preload(["torch_softmax.mnist.runs"])
 
 
 class Training:

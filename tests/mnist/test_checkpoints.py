@@ -18,7 +18,8 @@ from torch_softmax.mnist.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from torch_softmax.mnist.data import DataNotFoundError, load_dataset
+from torch_softmax.mnist.data import load_dataset
+from torch_softmax.mnist.download import DataNotFoundError
 from torch_softmax.mnist.settings import Settings
 from torch_softmax.mnist.training import Score, Tally
 

@@ -15,13 +15,8 @@ import torch
 from torchvision.datasets import MNIST
 
 from tests.mnist.files import idx, write_mnist
-from torch_softmax.mnist.data import (
-    DataError,
-    DataNotFoundError,
-    ImageDataset,
-    batch_loader,
-    load_dataset,
-)
+from torch_softmax.mnist.data import ImageDataset, batch_loader, load_dataset
+from torch_softmax.mnist.download import DataError, DataNotFoundError
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
 TRAIN_LABELS = "train-labels-idx1-ubyte"

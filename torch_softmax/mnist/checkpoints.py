@@ -14,8 +14,8 @@ from .. import _checks as checks
 from .._checks import UserError
 from .._files import write_atomically
 from ..modules import SoftmaxRegression
-from .data import DataError, TrainTest, load_dataset
-from .download import find_folder
+from .data import TrainTest, load_dataset
+from .download import DataError, find_folder
 from .settings import DATASETS, DEFAULT_DATA_DIR, NUM_CLASSES, Settings
 from .training import Score, Tally
 
@@ -32,23 +32,17 @@ class Checkpoint:
 
     Args:
         model: The state_dict on the CPU: `weight` of shape (K, D) and `bias` of shape (K,).
-        settings: Those of the run.
+        settings: The settings of the run.
         dataset: The name of the data set.
         epoch: The number of epochs done.
         history: `loss`, `accuracy` and `seconds` of each of these epochs.
         generator_state: uint8, of the generator that shuffles, at the end of these epochs.
-        tally: Of the batches done since then.
-        data_dir: The absolute path of the folder that the data were loaded from; None for those of
-            this package, and in checkpoints from before this was noted.
+        tally: Sums over the batches done since then.
+        data_dir: The absolute path of the folder that the data were loaded from, or None if they
+            are part of this package or the checkpoint is older than this field.
 
     Raises:
-        ValueError: They don't fit together.
-
-    Example:
-        >>> from torch_softmax.mnist.data import load_dataset
-        >>> checkpoint = Checkpoint.start(Settings(epochs=5), load_dataset("digits", "data"))
-        >>> checkpoint.epoch, checkpoint.build_model()
-        (0, SoftmaxRegression(in_features=64, out_features=10, bias=True))
+        ValueError: The fields don't fit together.
     """
 
     model: dict[str, Tensor]
@@ -99,31 +93,20 @@ class Checkpoint:
         seconds: float,
         generator: torch.Generator | None = None,
     ) -> "Checkpoint":
-        """Return the state at the end of an epoch.
-
-        Args:
-            model: As the epoch left it.
-            score: Of the epoch.
-            seconds: What it took.
-            generator: The one that shuffled it; None where nothing is shuffled.
-        """
-        so_far = self.generator_state
+        """Return the state at the end of an epoch, which the generator shuffled, if any."""
         return replace(
             self,
             model=_weights(model),
             epoch=self.epoch + 1,
             history=[*self.history, {**score._asdict(), "seconds": seconds}],
-            generator_state=so_far if generator is None else generator.get_state(),
+            generator_state=generator.get_state() if generator else self.generator_state,
             tally=Tally(),
         )
 
     def with_settings(self, **given: Any) -> "Checkpoint":
-        """Return the same run with given settings, which must be those that it has.
+        """Return the same run, or raise a ValueError if a given setting is not the run's.
 
-        More epochs may be given where no schedule is stretched by them.
-
-        Raises:
-            ValueError: A setting is another one.
+        Another number of epochs may be given if the schedule doesn't depend on it.
         """
         free = ("epochs",) if self.settings.schedule == "constant" else ()
         for name, value in given.items():
@@ -136,23 +119,22 @@ class Checkpoint:
         """Load a data set that the model fits.
 
         Args:
-            data_dir: Where it is; None for where the run had its data or, should they be there no
-                longer, for the default.
-            dataset: Its name; None for the one of the run.
+            data_dir: Where it is, or None for where the run had its data or, if they are no longer
+                there, for the default.
+            dataset: Its name, or None for the run's data set.
 
         Raises:
-            DataError: It can't be loaded.
-            CheckpointError: Its images are of another size.
+            DataError: The data set can't be loaded.
+            CheckpointError: Its images have another size.
         """
-        place = data_dir or DEFAULT_DATA_DIR
         gone = ""
         if data_dir is None and self.data_dir is not None:
             if find_folder(self.dataset, Path(self.data_dir)) is not None:
-                place = Path(self.data_dir)
+                data_dir = Path(self.data_dir)
             else:
                 gone = f"; the run had its data in {self.data_dir}, where they are no longer"
         try:
-            data = load_dataset(dataset or self.dataset, place)
+            data = load_dataset(dataset or self.dataset, data_dir or DEFAULT_DATA_DIR)
         except DataError as error:
             raise type(error)(f"{error}{gone}") from error
         self.check_pixels(data.train.images.shape[1], data.name)
@@ -175,19 +157,15 @@ class Checkpoint:
 
 
 def _weights(model: SoftmaxRegression) -> dict[str, Tensor]:
-    """A copy on the CPU, which later updates leave as it is."""
+    """Return a copy on the CPU, which later updates don't change."""
     return {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint in one step, so that `torch.load(path, weights_only=True)` reads it.
 
-    Args:
-        path: The file, replaced once the new content is on the disk.
-        checkpoint: Becomes a dict with its fields as keys; settings and tally become dicts too.
-
-    Raises:
-        OSError: The file can't be written; what was there before stays.
+    It becomes a dict with the fields as keys, and settings and tally become dicts too. An OSError
+    leaves what was there before.
     """
     buffer = io.BytesIO()  # so that a full disk shows as an OSError, not from within torch.save
     torch.save(asdict(checkpoint), buffer)
@@ -195,40 +173,34 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and check that it is whole, without running any code that it holds.
-
-    Args:
-        path: The file, or the run directory in which it is `model.pt`.
-
-    Returns:
-        The checkpoint, with its tensors on the CPU.
+    """Read a checkpoint from a file or run directory, without running any code that it holds.
 
     Raises:
-        CheckpointError: There is none, or none that this program wrote.
+        CheckpointError: There is no checkpoint, it is damaged, or another program wrote it.
     """
     if path.is_dir():
         path = path / CHECKPOINT_NAME
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what ends as an error here anyway
+            warnings.simplefilter("ignore")  # about what ends as an error here anyway
             return _from_dict(_unpack(path.read_bytes()))
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{path} can't be used: {error}") from error
-    except Exception as error:  # of many kinds, as the damage will have it
+    except Exception as error:  # of many kinds, depending on the damage
         raise CheckpointError(
             f"{path} is damaged or no checkpoint of this program; no code in it was run"
         ) from error
 
 
 def run_directory(path: Path) -> Path:
-    """The run directory that a user names by itself, or by the checkpoint in it."""
+    """Return the run directory that a path names, itself or by the checkpoint in it."""
     return path.parent if path.name == CHECKPOINT_NAME else path
 
 
 def _unpack(packed: bytes) -> dict[str, Any]:
-    """What torch.save wrote, once all of it has the checksums that torch.load does not look at."""
+    """Return what torch.save wrote, after checking the checksums that torch.load ignores."""
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         if (name := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"{name} does not have its checksum")
@@ -237,7 +209,7 @@ def _unpack(packed: bytes) -> dict[str, Any]:
 
 
 def _from_dict(content: dict[str, Any]) -> Checkpoint:
-    """The reverse of `asdict`."""
+    """Return the checkpoint whose `asdict` this is."""
     settings, tally = Settings(**content["settings"]), Tally(**content["tally"])
     checkpoint = Checkpoint(**{**content, "settings": settings, "tally": tally})
     checkpoint.build_model()

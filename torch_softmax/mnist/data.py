@@ -13,27 +13,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import _checks as checks
 from ..distributed.data_parallel import Ranks
-from .download import DataError, DataNotFoundError, read_mnist
+from .download import DataNotFoundError, read_mnist
 from .settings import DATASETS, NUM_CLASSES
-
-__all__ = [
-    "DATASETS",
-    "NUM_CLASSES",
-    "BatchIndices",
-    "DataError",
-    "DataNotFoundError",
-    "ImageDataset",
-    "TrainTest",
-    "batch_loader",
-    "load_dataset",
-]
 
 
 class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     """Images and labels held in memory, and indexed by a whole batch of numbers at a time.
 
-    The pixels stay uint8, a quarter of float32's memory, and become numbers from 0 to 1 as they
-    are fetched: `pixel / max_pixel`.
+    The pixels stay uint8, and become float32 from 0 to 1 as they are fetched: pixel / max_pixel.
 
     Args:
         images: uint8 of shape (N, D), one flattened image a row.
@@ -73,14 +60,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 class BatchIndices(Sampler[Tensor]):
-    """The indices of one batch after another, in file order or freshly shuffled at each pass.
-
-    Args:
-        size: The number of examples.
-        batch_size: The number of examples in a batch; the last batch takes what is left.
-        generator: Shuffles; None keeps the order.
-        ranks: The processes that share each batch; the indices are those of this one's part.
-    """
+    """The indices of one batch after another, as the arguments of `batch_loader` say."""
 
     def __init__(
         self,
@@ -116,17 +96,14 @@ def batch_loader(
 
     Args:
         dataset: The examples.
-        batch_size: The number of examples in a batch; the last batch takes what is left.
-        generator: Shuffles anew for each pass, from its seed on; None keeps the order.
-        ranks: The processes that share each batch, each with a generator of the same state; None
-            for this one alone.
+        batch_size: The number of examples in a batch; the last batch has what is left.
+        generator: Shuffles each pass anew, or None to keep the order.
+        ranks: The processes that share each batch, each with a generator of the same state, or
+            None for this process alone.
 
     Returns:
         A loader of (images, labels): float32 of shape (batch_size, D) and int64 of (batch_size,),
         on the data set's device.
-
-    Raises:
-        ValueError: Batch_size is below 1.
 
     Example:
         >>> dataset = ImageDataset(torch.zeros(5, 4, dtype=torch.uint8), torch.arange(5), 255)
@@ -139,10 +116,7 @@ def batch_loader(
 
 
 class TrainTest(NamedTuple):
-    """A data set by name, with its fixed split, and the absolute path that it was loaded from.
-
-    There is no such path for a data set that is part of this package.
-    """
+    """A data set with its fixed split, and the absolute path that it was loaded from, if any."""
 
     name: str
     train: ImageDataset
@@ -153,22 +127,17 @@ class TrainTest(NamedTuple):
 def load_dataset(
     name: str, data_dir: str | Path, notify: Callable[[str], None] = print
 ) -> TrainTest:
-    """Load a data set, downloading it to `data_dir` when it isn't there yet.
+    """Load a data set, downloading it to `data_dir` if it isn't there yet.
 
     Args:
         name: 'mnist', 'fashion-mnist', 'kmnist' (28x28 pixels, 60,000 + 10,000 images, from
             torchvision's mirrors), 'idx' (other images of ten classes in MNIST's four files),
             'digits' (8x8 pixels, 1,442 + 355 images, part of this package), or 'auto': mnist if it
             is on disk or can be downloaded, else digits.
-        data_dir: The root folder of torchvision's data sets, or the folder with the four files;
-            digits doesn't need it.
+        data_dir: The root folder of torchvision's data sets, or the folder with the four files.
         notify: Is called with one line when 'auto' falls back to the digits.
 
-    Returns:
-        The name of the data set that was loaded, its training and its test examples.
-
     Raises:
-        ValueError: The name is none of these.
         DataNotFoundError: The files are not on disk and can't be downloaded.
         DataError: A file is broken.
 
@@ -205,6 +174,6 @@ def _load_digits() -> TrainTest:
 
 
 def _rank_in_class(labels: Tensor) -> Tensor:
-    """How many earlier examples have the same label: int64 of shape (N,)."""
+    """Return how many earlier examples have the same label: int64 of shape (N,)."""
     seen = torch.nn.functional.one_hot(labels, NUM_CLASSES).cumsum(0)  # (N, K)
     return seen.gather(1, labels[:, None])[:, 0] - 1

@@ -11,19 +11,6 @@ from torch import Tensor
 
 from .. import _checks as checks
 
-__all__ = [
-    "CALIBRATION_BINS",
-    "RESAMPLES",
-    "CalibrationCurve",
-    "Estimate",
-    "calibration_curve",
-    "confusion_matrix",
-    "estimate_calibration_error",
-    "mean",
-    "proportion",
-    "rates",
-]
-
 CALIBRATION_BINS = 15  # as in Guo et al. (2017)
 SUM_TOLERANCE = 0.02  # how far rounding to half precision can move a sum of 1
 RESAMPLES = 1000  # of the bootstrap
@@ -53,13 +40,9 @@ class CalibrationCurve(NamedTuple):
 
 
 def proportion(successes: Tensor, trials: Tensor) -> Estimate:
-    """Estimate a probability p = s/n from independent trials, with Wilson's interval.
+    """Estimate p = s/n from counts of one shape, s in n independent trials, by Wilson's interval.
 
     (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n), which is nan where n is 0.
-
-    Args:
-        successes: s, counts of any shape.
-        trials: n, counts of the same shape.
 
     Example:
         >>> value, low, high = proportion(torch.tensor(9), torch.tensor(10))
@@ -79,20 +62,14 @@ def proportion(successes: Tensor, trials: Tensor) -> Estimate:
 
 
 def mean(values: Tensor) -> Estimate:
-    """Estimate an expectation from independent values, with the normal interval m ± z s / √n.
+    """Estimate an expectation from N independent values (N,), by the normal interval m ± z s / √n.
 
-    Args:
-        values: Floating point of shape (N,), such as the losses of N examples.
-
-    Returns:
-        The mean m, and its interval by the standard deviation s, which is nan for N < 2.
+    The interval is nan for N < 2, as the standard deviation s is.
 
     Example:
         >>> value, low, high = mean(torch.tensor([1.0, 2.0, 3.0, 4.0]))
         >>> print(f"{value:.2f} [{low:.2f}, {high:.2f}]")
         2.50 [1.23, 3.77]
-
-    Source: Wasserman, All of Statistics (2004), section 6.3.2.
     """
     checks.floating("values", values)
     values = _to_float64(values)
@@ -113,14 +90,10 @@ def confusion_matrix(target: Tensor, prediction: Tensor, num_classes: int) -> Te
     Returns:
         int64 of shape (K, K): entry (i, j) counts the examples of class i predicted as class j.
 
-    Raises:
-        TypeError, ValueError: The arguments are not such indices.
-
     Example:
-        >>> confusion_matrix(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 1]), 3)
-        tensor([[1, 1, 0],
-                [0, 1, 0],
-                [0, 1, 0]])
+        >>> confusion_matrix(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 2)
+        tensor([[1, 1],
+                [0, 1]])
     """
     checks.positive("num_classes", num_classes)
     _check_indices("target", target, num_classes)
@@ -131,24 +104,15 @@ def confusion_matrix(target: Tensor, prediction: Tensor, num_classes: int) -> Te
 
 
 def rates(confusion: Tensor) -> dict[str, Estimate]:
-    """Estimate the rates of a confusion matrix C, with Wilson's intervals.
+    """Estimate the rates of a confusion matrix C (K, K), with Wilson's intervals.
 
-    accuracy tr C / Σ C, and for each class k precision C_kk / Σ_i C_ik, recall C_kk / Σ_j C_kj and
-    F1 = 2J / (1 + J), where J = C_kk / (Σ_j C_kj + Σ_i C_ik − C_kk) is a proportion. F1, the
-    harmonic mean of precision and recall, grows with J, so that the ends of the interval of J
-    become the ends of the interval of F1.
-
-    Args:
-        confusion: C, counts of shape (K, K), as `confusion_matrix` returns.
-
-    Returns:
-        'accuracy', scalars; 'precision', 'recall' and 'F1', of shape (K,). A rate without a case
-        is nan, such as the precision of a class that was never predicted.
+    They are accuracy tr C / Σ C, a scalar, and for each class k, of shape (K,), precision
+    C_kk / Σ_i C_ik, recall C_kk / Σ_j C_kj and F1 = 2J / (1 + J), the harmonic mean of the two. It
+    grows with the proportion J = C_kk / (Σ_j C_kj + Σ_i C_ik − C_kk), so that the ends of J's
+    interval become the ends of its own. A rate without a case is nan.
 
     Example:
         >>> found = rates(torch.tensor([[8, 2, 0], [0, 10, 0], [1, 1, 0]]))
-        >>> found["accuracy"].value
-        tensor(0.8182, dtype=torch.float64)
         >>> found["precision"].value
         tensor([0.8889, 0.7692,    nan], dtype=torch.float64)
 
@@ -171,18 +135,12 @@ def calibration_curve(
     """Compare the confidence of predictions with how often they are right, bin by bin.
 
     The confidence of a prediction is its class's probability; bin b of M holds the examples whose
-    confidence lies in ((b − 1)/M, b/M].
+    confidence lies in ((b − 1)/M, b/M]. The values of an empty bin are nan.
 
     Args:
         probabilities: Floating point of shape (N, K), whose rows sum to 1.
         target: True class indices, an integer dtype of shape (N,).
         bins: M, the number of bins of equal width.
-
-    Returns:
-        The mean confidence and the accuracy in each bin, nan where it is empty; its int64 size.
-
-    Raises:
-        TypeError, ValueError: The arguments are not such tensors, or there is no example.
 
     Example:
         >>> probabilities = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
@@ -190,8 +148,7 @@ def calibration_curve(
         >>> curve.accuracy, curve.error
         (tensor([   nan, 0.5000], dtype=torch.float64), tensor(0.3000, dtype=torch.float64))
 
-    Source: Guo et al., On calibration of modern neural networks, ICML (2017), section 2 and
-    equation 3.
+    Source: Guo et al., On calibration of modern neural networks, ICML (2017), section 2.
     """
     confidence, right, bin_of = _bin_predictions(probabilities, target, bins)
     counts = bin_of.bincount(minlength=bins)
@@ -206,21 +163,16 @@ def estimate_calibration_error(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Estimate the expected calibration error, with an interval by a seeded bootstrap.
+    """Estimate `calibration_curve(...).error`, with an interval by a seeded bootstrap.
 
     ECE = Σ_b |d_b|, where d_b = 1/N · Σ (right − confidence) over bin b, and d* is d of N examples
     drawn anew. The high end is the 97.5 % percentile of Σ_b |d*_b|. The low end can't be a
-    percentile of it, since noise adds to every |d_b|. By the triangle inequality noise adds at most
-    Σ_b |d_b − E d_b|; the 97.5 % percentile of Σ_b |d*_b − d_b|, which estimates that of this sum,
-    is subtracted.
-
-    Args and errors are those of `calibration_curve`, with the number of resamples, at least 1, and
-    the seed of their draws; the results are float64 scalars.
+    percentile of it, since noise adds to every |d_b|; it is the ECE without the 97.5 % percentile
+    of Σ_b |d*_b − d_b|, as by the triangle inequality noise adds at most Σ_b |d_b − E d_b|.
 
     Example:
         >>> probabilities = torch.tensor([[0.9, 0.1], [0.3, 0.7]]).repeat(50, 1)
-        >>> target = torch.zeros(100, dtype=torch.int64)
-        >>> value, low, high = estimate_calibration_error(probabilities, target)
+        >>> value, low, high = estimate_calibration_error(probabilities, torch.zeros(100).long())
         >>> print(f"{value:.2f} [{low:.2f}, {high:.2f}]")
         0.40 [0.31, 0.46]
 

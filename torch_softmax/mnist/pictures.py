@@ -20,8 +20,6 @@ from torchvision.transforms.v2 import functional as transforms
 from .. import _checks as checks
 from .._checks import UserError
 
-__all__ = ["FORMATS", "FRAMES", "Frame", "NoDigitError", "PictureError", "normalize", "read_grey"]
-
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow has others, which run programs
 SIDE = 192  # pixels: larger pictures are shrunk to it, as no digit needs more
 
@@ -51,20 +49,15 @@ class NoDigitError(PictureError):
 class Frame(NamedTuple):
     """How the images of a data set were made from a cropped digit.
 
-    Args:
-        side: Pixels of a side of the square that the digit was placed in.
-        box: Height and width in pixels that the digit was scaled to fit into.
-        by_mass: Whether the digit keeps its aspect ratio and its centre of mass is in the middle
-            of the square; else it stands upright, fills the box, and the box is in the middle.
-        stroke: The least width of strokes in pixels; thinner strokes are thickened.
-        block: The mean of each block × block pixels of the square is a pixel of the image.
+    With `by_mass` the digit keeps its aspect ratio and its centre of mass is in the middle of the
+    square; else it stands upright and fills the box, which is in the middle.
     """
 
-    side: int
-    box: tuple[int, int]
+    side: int  # pixels of a side of the square that the digit was placed in
+    box: tuple[int, int]  # height and width in pixels that it was scaled to fit into
     by_mass: bool
-    stroke: float
-    block: int = 1
+    stroke: float  # the least width in pixels; thinner strokes are thickened
+    block: int = 1  # the mean of block × block pixels of the square is a pixel of the image
 
 
 FRAMES = {
@@ -77,21 +70,14 @@ FRAMES = {
 
 
 def read_grey(path: Path) -> Tensor:
-    """Read a picture as grey levels.
+    """Read a picture as grey levels: float32 (H, W), neither above SIDE, from 0 for black to 1.
 
     The picture is turned as its EXIF data say. Transparent pixels become black or white, whichever
     contrasts with the rest. Grey is the first principal component of the colours, so that red on
-    green of the same brightness is seen.
-
-    Args:
-        path: The file, in one of `FORMATS`.
-
-    Returns:
-        Float32 of shape (H, W), neither above SIDE, from 0 for black to 1 for white; colours of
-        one brightness lie between −1 and 1.
+    green of the same brightness is seen; such levels lie between −1 and 1.
 
     Raises:
-        PictureError: The file is not there, or can't be read as a picture.
+        PictureError: The file is not there, or can't be read as a picture in one of `FORMATS`.
     """
     try:
         with warnings.catch_warnings():
@@ -101,9 +87,8 @@ def read_grey(path: Path) -> Tensor:
         raise PictureError(f"{path} has more pixels than can be read") from error
     except Exception as error:  # of many kinds, depending on the damage
         reason = isinstance(error, OSError) and error.strerror
-        raise PictureError(
-            f"{path} can't be read: {reason}" if reason else f"{path} is no image, or is damaged"
-        ) from error
+        problem = f"can't be read: {reason}" if reason else "is no image, or is damaged"
+        raise PictureError(f"{path} {problem}") from error
     if len(pixels) == 1:
         return pixels[0] / pixels.max().clamp(min=1)
     colours, alpha = pixels[:3] / 255, pixels[3] / 255
@@ -139,18 +124,13 @@ def normalize(grey: Tensor, frame: Frame) -> Tensor:
         Float32 of shape ((side / block)²,), from 0 for the ground to 1 for full ink.
 
     Raises:
-        TypeError: `grey` has no floating-point dtype.
-        ValueError: `grey` has no shape (H, W), or a level is not finite.
         NoDigitError: The picture does not show one digit on an even ground.
 
     Example:
         >>> paper = torch.ones(100, 60)
         >>> paper[20:80, 20:35] = 0.2
-        >>> image = normalize(paper, FRAMES["mnist"]).view(28, 28)
-        >>> image[14, 11:18].round()
+        >>> normalize(paper, FRAMES["mnist"]).view(28, 28)[14, 11:18].round()
         tensor([0., 1., 1., 1., 1., 1., 0.])
-        >>> image.any(1).sum()
-        tensor(20)
     """
     checks.floating("grey", grey)
     if grey.dim() != 2 or grey.numel() == 0:
@@ -180,10 +160,9 @@ def _find_digit(grey: Tensor) -> Tensor:
 
 
 def _contrast(grey: Tensor) -> Tensor:
-    """Return how much each pixel differs from a smooth ground, in parts of its brightness.
+    """Return how much more ink than the ground each pixel has, in parts of its brightness.
 
-    The ground is fitted to the border, and then to all pixels that are not ink. The sign is chosen
-    so that ink is positive.
+    The ground is fitted to the border, and then to all pixels that are not ink.
     """
     rows, columns = (max(1, side // 20) for side in grey.shape)
     is_border = torch.ones(grey.shape, dtype=torch.bool)
@@ -206,10 +185,7 @@ def _rise(grey: Tensor, is_ground: Tensor) -> Tensor:
 
 
 def _otsu_threshold(values: Tensor) -> float:
-    """Return the threshold that makes the variance between two classes of values largest.
-
-    Source: Otsu, A threshold selection method from gray-level histograms (1979).
-    """
+    """Return the threshold with the largest variance between two classes (Otsu, 1979)."""
     if values.min() == values.max():
         return float(values.max())
     counts, edges = values.flatten().double().histogram(256)
@@ -295,15 +271,9 @@ def _stand_up(ink: Tensor) -> Tensor:
     x, y = torch.arange(width) - _centre(ink, 1), torch.arange(height) - _centre(ink, 0)
     slant = float(y @ ink @ x / (y**2 @ ink.sum(1)).clamp(min=1e-6))
     room = math.ceil(abs(slant) * height)
-    sheared: Tensor = transforms.affine(
-        pad(ink, (room, room))[None],
-        angle=0,
-        translate=[0, 0],
-        scale=1,
-        shear=[math.degrees(math.atan(slant)), 0],
-        interpolation=transforms.InterpolationMode.BILINEAR,
-    )[0]
-    return _crop(sheared)
+    wider, shear = pad(ink, (room, room))[None], [math.degrees(math.atan(slant)), 0.0]
+    bilinear = transforms.InterpolationMode.BILINEAR
+    return _crop(transforms.affine(wider, 0.0, [0, 0], 1.0, shear, interpolation=bilinear)[0])
 
 
 def _centre(ink: Tensor, dim: int) -> float:
@@ -322,13 +292,13 @@ def _place(ink: Tensor, frame: Frame) -> Tensor:
     shape = [max(1, round(side * scale)) for side, scale in zip(ink.shape, scales, strict=True)]
     ink = transforms.resize(ink[None], shape, antialias=True)[0]
     ink = ink / ink.max()
-    starts = []
+    square = torch.zeros(frame.side, frame.side)
+    place = []
     for dim, side in enumerate(shape):
         centre = _centre(ink, dim) if frame.by_mass else side / 2
-        starts.append(min(max(0, round(frame.side / 2 - centre)), frame.side - side))
-    top, left = starts
-    square = torch.zeros(frame.side, frame.side)
-    square[top : top + shape[0], left : left + shape[1]] = ink
+        start = min(max(0, round(frame.side / 2 - centre)), frame.side - side)
+        place.append(slice(start, start + side))
+    square[tuple(place)] = ink
     return avg_pool2d(square[None], frame.block).flatten()
 
 
@@ -339,10 +309,7 @@ def _scales(ink: Tensor, frame: Frame) -> list[float]:
 
 
 def _stroke_width(ink: Tensor) -> float:
-    """Estimate 2 · area / perimeter, with the total variation ∑|∇ink| for the perimeter.
-
-    Source: Fleming and Rishel, An integral formula for total gradient variation (1960).
-    """
+    """Estimate 2 · area / perimeter, with the total variation ∑|∇ink| for the perimeter."""
     drawn = pad((ink > ink.max() / 2).float(), (1, 1, 1, 1))
-    y, x = drawn[1:, :-1] - drawn[:-1, :-1], drawn[:-1, 1:] - drawn[:-1, :-1]
-    return float(2 * drawn.sum() / torch.hypot(y, x).sum())
+    perimeter = torch.hypot(drawn.diff(dim=0)[:, :-1], drawn.diff(dim=1)[:-1]).sum()
+    return float(2 * drawn.sum() / perimeter)

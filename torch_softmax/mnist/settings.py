@@ -13,20 +13,14 @@ NUM_CLASSES = 10  # of every data set
 DEFAULT_DATA_DIR = Path("data")
 
 
-def constant(progress: float) -> float:
-    """The factor 1 at any progress from 0 to 1."""
-    return 1.0
-
-
-def cosine(progress: float) -> float:
-    """The factor ½(1 + cos π·progress), which falls from 1 to 0."""
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
 # The optimizers, and what a round of each is: a pass over the data, or a step that sees them all.
 UNITS = {"sgd": "epoch", "newton": "step"}
 OF_SGD = ("batch_size", "lr", "schedule")  # the settings that Newton's method has no use for
-SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine}
+# The factor of the learning rate, by the part of the training that is done.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
 
 
 @dataclass(frozen=True)

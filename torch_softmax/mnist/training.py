@@ -21,7 +21,7 @@ REPORT_EVERY = 50  # batches; each report waits for the device to catch up
 
 
 class Batches(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):
-    """Batches of (input, target), with their number: a DataLoader or a list."""
+    """Batches of (input, target), such as a DataLoader or a list."""
 
 
 class Score(NamedTuple):
@@ -33,19 +33,12 @@ class Score(NamedTuple):
 
 @dataclass
 class Tally:
-    """Sums over the batches done; they stay on their device until the score is asked for.
-
-    Args:
-        batches, examples: How many were counted.
-        loss_sum: Over these examples.
-        right: How many of them were predicted right.
-        seconds: What the batches took.
-    """
+    """Sums over the batches done, on their device until the score is needed."""
 
     batches: int = 0
     examples: int = 0
-    loss_sum: Tensor | float = 0.0
-    right: Tensor | int = 0
+    loss_sum: Tensor | float = 0.0  # over the examples
+    right: Tensor | int = 0  # correct predictions
     seconds: float = 0.0
 
     def add(self, mean_loss: Tensor, right: Tensor | int, examples: Tensor | int) -> None:
@@ -56,16 +49,16 @@ class Tally:
         self.right = self.right + right
 
     def score(self) -> Score:
-        """The score so far, of at least one batch."""
+        """Return the score so far, of at least one batch."""
         return Score(float(self.loss_sum) / self.examples, int(self.right) / self.examples)
 
     def on_cpu(self) -> "Tally":
-        """The same sums as plain numbers, which lose nothing."""
+        """Return the sums as plain numbers, which are exact."""
         return replace(self, loss_sum=float(self.loss_sum), right=int(self.right))
 
 
 class Update(NamedTuple):
-    """What a batch's logits said before the update that they led to."""
+    """The result of a batch before its update."""
 
     loss: Tensor  # the mean, a scalar without a gradient
     predicted: Tensor  # the class of each input, (B,)
@@ -93,14 +86,11 @@ def batch_update(
         target: y, int64 class indices of shape (B,) or probabilities of shape (B, num_classes).
         lr: α, at least 0.
         weight_decay: λ, at least 0.
-        ranks: The processes that share the batch, of which each has its part in x and y: they take
-            the step for the whole batch together, a mean over all targets that are not ignored.
+        ranks: The processes that share the batch, each with its part in x and y; the loss is the
+            mean over all their targets that are not ignored.
 
     Returns:
-        The mean loss before the step and the classes predicted then, not yet waited for.
-
-    Raises:
-        ValueError: Lr or weight_decay is negative or not finite.
+        The mean loss and the predicted classes before the step.
 
     Example:
         >>> model = SoftmaxRegression(2, 3)
@@ -126,7 +116,7 @@ def batch_update(
 
 
 def _count(target: Tensor) -> Tensor:
-    """How many targets count in the mean loss."""
+    """Return how many targets count in the mean loss."""
     if target.is_floating_point():
         return torch.tensor(len(target), device=target.device)
     return (target != -100).sum()
@@ -146,20 +136,18 @@ def train_epoch(
 
     Args:
         model: Is updated in place.
-        batches: (input, target) as `batch_update` takes them, on the model's device.
+        batches: (input, target) as in `batch_update`, on the model's device.
         settings: The learning rate with its schedule, and the weight decay.
         epoch: The number of epochs done before this one.
-        tally: Counts the batches, in place; those that it has counted already are left out.
+        tally: Counts the batches, in place; batches that it has counted already are skipped.
         report: Is called with the tally now and then, and after the last batch.
-        stop: Is asked after each batch whether to leave the rest for later; the ranks do so
-            together.
+        stop: Is called after each batch; if it is true on any rank, all ranks stop.
         ranks: The processes that share each batch, of which `batches` has this one's part.
 
     Returns:
         The score of each batch just before its update, over all that the tally has counted.
 
     Raises:
-        ValueError: The tally has counted as many batches as there are.
         DivergenceError: The loss or a weight is no longer finite.
     """
     tally = tally or Tally()
@@ -172,32 +160,26 @@ def train_epoch(
         right = (predicted == target).sum()
         tally.add(loss, *ranks.total(right, len(target)))
         if (tally.batches - 1) % REPORT_EVERY == 0 or tally.batches == len(batches):
-            _finite(tally.score(), settings)
+            _check_finite("the loss", math.isfinite(tally.score().loss), settings.lr)
             report(tally)
         if any(ranks.total(stop())):
             break
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise _diverged("a weight", settings)
-    score = _finite(tally.score(), settings)
+    is_finite = all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    _check_finite("a weight", is_finite, settings.lr)
+    score = tally.score()
+    _check_finite("the loss", math.isfinite(score.loss), settings.lr)
     tally.seconds += time.perf_counter() - start
     return score
 
 
-def _finite(score: Score, settings: Settings) -> Score:
-    if not math.isfinite(score.loss):
-        raise _diverged("the loss", settings)
-    return score
-
-
-def _diverged(what: str, settings: Settings) -> DivergenceError:
-    return DivergenceError(
-        f"{what} is no longer a finite number: lower lr, which was {settings.lr}"
-    )
+def _check_finite(what: str, is_finite: bool, lr: float) -> None:
+    if not is_finite:
+        raise DivergenceError(f"{what} is no longer a finite number: lower lr, which was {lr}")
 
 
 @torch.no_grad()
 def evaluate(model: SoftmaxRegression, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
-    """Return the score of a model over batches of (input, target), all examples counting alike."""
+    """Return the score of a model over all examples in batches of (input, target)."""
     tally = Tally()
     for input, target in batches:
         loss, predicted = model.loss_and_predicted(input, target)

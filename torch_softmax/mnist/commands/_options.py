@@ -19,26 +19,18 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add_data_dir_option(data)
 
 
-def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
-    """Add --data-dir."""
+def add_data_dir_option(
+    parser: argparse._ActionsContainer, default: Path | None = DEFAULT_DATA_DIR
+) -> None:
+    """Add --data-dir; without a default, it is for a run that knows where its data were."""
+    usual = default or f"where the run had them, or {DEFAULT_DATA_DIR}"
     parser.add_argument(
         "--data-dir",
         type=Path,
-        default=DEFAULT_DATA_DIR,
+        default=default,
         metavar="DIR",
         help="where data sets are or are downloaded to, or the folder with the four files "
-        "(default: %(default)s)",
-    )
-
-
-def add_run_data_dir_option(parser: argparse._ActionsContainer) -> None:
-    """Add --data-dir, which is None where it isn't given, as a run knows where its data were."""
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="where data sets are or are downloaded to, or the folder with the four files "
-        f"(default: where the run had them, or {DEFAULT_DATA_DIR})",
+        f"(default: {usual})",
     )
 
 

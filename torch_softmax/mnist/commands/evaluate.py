@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..._command_line import Parser, table
 from ..settings import DATASETS, NUM_CLASSES
-from ._options import add_run_argument, add_run_data_dir_option
+from ._options import add_data_dir_option, add_run_argument
 
 if TYPE_CHECKING:
     from ...modules import SoftmaxRegression
@@ -40,7 +40,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         choices=DATASETS[1:],
         help="the data set whose test images are taken (default: the one it was trained on)",
     )
-    add_run_data_dir_option(parser)
+    add_data_dir_option(parser, default=None)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

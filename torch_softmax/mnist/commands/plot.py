@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..._command_line import Parser
 from ..._figures import GREY, our_style, save
 from ..settings import NUM_CLASSES
-from ._options import add_run_argument, add_run_data_dir_option
+from ._options import add_data_dir_option, add_run_argument
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,9 +38,15 @@ ROWS = {
     ("mistakes 0*",): 0.75,
     ("mistakes 1*",): 0.75,
 }
-LIGHT = "#d8d8d8"
-BLUE, ORANGE = "#005a8f", "#b34700"  # which colour-blind readers can tell apart
-PALE_BLUE, PALE_ORANGE = "#79b4d9", "#f2a878"
+NOTES = {
+    "weights": "ink on red speaks for the class, ink on blue against it",
+    "loss": "training: mean over each epoch; test: at the end",
+    "accuracy": "training: mean over each epoch; test: at the end",
+    "confusion": "number of test images; the colours compare mistakes only",
+    "calibration": "expected calibration error {error:.2%}; lines are 95% intervals",
+    "mistakes": "the most confident: true → predicted class, and its confidence",
+}
+LIGHT, BLUE, ORANGE = "#d8d8d8", "#005a8f", "#b34700"  # which colour-blind readers can tell apart
 FULL_COLOUR = 0.995  # the quantile of the weights' sizes that has the full colour
 TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "kmnist": "KMNIST"}
 
@@ -55,7 +61,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         example="torch-softmax plot runs/short",
     )
     add_run_argument(parser)
-    add_run_data_dir_option(parser)
+    add_data_dir_option(parser, default=None)
     parser.add_argument(
         "--output",
         type=Path,
@@ -93,39 +99,30 @@ def draw_run(checkpoint: "Checkpoint", test: "ImageDataset") -> "Figure":
         probabilities, loss = model.predict_proba(images), model.loss(images, labels).item()
     confusion = metrics.confusion_matrix(labels, probabilities.argmax(1), NUM_CLASSES)
     accuracy = metrics.rates(confusion)["accuracy"]
+    curve = metrics.calibration_curve(probabilities, labels)
 
     figure = Figure(figsize=A4, facecolor="white")
     mosaic: list[Any] = [columns(panels) for panels in ROWS]
-    axes = figure.subplot_mosaic(
-        mosaic, height_ratios=list(ROWS.values()), gridspec_kw=GRID, empty_sentinel=""
-    )
-    weights, mistakes = (
-        [panel for name, panel in axes.items() if name.startswith(kind)]
-        for kind in ("weights", "mistakes")
-    )
+    heights = list(ROWS.values())
+    axes = figure.subplot_mosaic(mosaic, height_ratios=heights, gridspec_kw=GRID, empty_sentinel="")
+    title = f"Softmax regression on {TITLES.get(checkpoint.dataset, checkpoint.dataset)}"
     result = (
         f"{accuracy.value:.2%} of {len(test):,} test images right "
         f"(95% interval {accuracy.low:.2%} to {accuracy.high:.2%}), mean loss {loss:.4f}"
     )
-    curve = metrics.calibration_curve(probabilities, labels)
-    error = f"expected calibration error {curve.error:.2%}; lines are 95% intervals"
-    write_title(axes["title"], checkpoint, result)
-    for name, note in {
-        "weights": "ink on orange speaks for the class, ink on blue against it",
-        "loss": "training: mean over each epoch; test: at the end",
-        "accuracy": "training: mean over each epoch; test: at the end",
-        "confusion": "number of test images; the colours compare mistakes only",
-        "calibration": error,
-        "mistakes": "the most confident: true → predicted class, and its confidence",
-    }.items():
-        write(axes[f"about {name}"], [(name.capitalize(), 10), (note, None)])
-    draw_weights(weights, model.weight.detach())
+    settings = checkpoint.settings.used()
+    words = [f"epoch {checkpoint.epoch} of {settings.pop('epochs')}"]
+    words += [f"{name.replace('_', ' ')} {value}" for name, value in settings.items()]
+    write(axes["title"], 18, title, result, " · ".join(words))
+    for name, note in NOTES.items():
+        write(axes[f"about {name}"], 10, name.capitalize(), note.format(error=curve.error))
+    draw_weights([axes[f"weights {k}"] for k in range(NUM_CLASSES)], model.weight.detach())
     draw_curve(axes["loss"], checkpoint.history, loss)
     draw_curve(axes["accuracy"], checkpoint.history, accuracy.value.item())
     draw_confusion(axes["confusion"], confusion)
-    draw_reliability(axes["calibration"], curve)
-    draw_counts(axes["counts"], curve.counts)
-    draw_mistakes(mistakes, images, labels, probabilities)
+    draw_calibration(axes["calibration"], axes["counts"], curve)
+    slots = [axes[f"mistakes {k:02}"] for k in range(2 * NUM_CLASSES)]
+    draw_mistakes(slots, images, labels, probabilities)
     return figure
 
 
@@ -136,43 +133,30 @@ def columns(panels: tuple[str, ...]) -> list[str]:
     return [panels[0].replace("*", str(k // 2)) for k in range(2 * NUM_CLASSES)]
 
 
-def write_title(axes: "Axes", checkpoint: "Checkpoint", result: str) -> None:
-    """Write which run this is, and how good its model is."""
-    dataset = TITLES.get(checkpoint.dataset, checkpoint.dataset)
-    settings = checkpoint.settings.used()
-    words = [f"epoch {checkpoint.epoch} of {settings.pop('epochs')}"]
-    words += [f"{name.replace('_', ' ')} {value}" for name, value in settings.items()]
-    lines = [(f"Softmax regression on {dataset}", 18), (result, 10), (" · ".join(words), None)]
-    write(axes, lines)
-
-
-def write(axes: "Axes", lines: "list[tuple[str, int | None]]") -> None:
-    """Write lines in place of a panel: bold ones of a size, and the last one in grey."""
+def write(axes: "Axes", size: int, title: str, *lines: str) -> None:
+    """Write a title and lines in place of a panel, the last line in grey."""
     axes.axis("off")
-    for k, (line, size) in enumerate(reversed(lines)):
-        style: dict[str, Any] = {"color": GREY} if size is None else {"fontsize": size}
-        if k == len(lines) - 1:
-            style["fontweight"] = "bold"
-        axes.text(0, (k - 0.4) / len(lines), line, **style)
+    for k, line in enumerate(lines[::-1]):
+        color, fontsize = ("black", 10) if k else (GREY, None)
+        axes.text(0, (k - 0.4) / (1 + len(lines)), line, color=color, fontsize=fontsize)
+    place = (len(lines) - 0.4) / (1 + len(lines))
+    axes.text(0, place, title, fontsize=size, fontweight="bold")
 
 
-def show_image(axes: "Axes", pixels: "Tensor", **options: Any) -> None:
-    """Show the pixels of a square image."""
+def show_image(axes: "Axes", pixels: "Tensor", label: str, cmap: str, low: float) -> None:
+    """Show the pixels of a square image on a scale from `low` to its absolute value, or 1."""
     side = math.isqrt(len(pixels))
-    axes.imshow(pixels.view(side, side).numpy(), interpolation="nearest", **options)
-    axes.set(xticks=[], yticks=[])
+    high = -low or 1.0
+    axes.imshow(pixels.view(side, side).numpy(), cmap=cmap, vmin=low, vmax=high)
+    axes.set(xticks=[], yticks=[], xlabel=label)
     axes.spines[:].set(visible=True, color=LIGHT)
 
 
 def draw_weights(slots: "list[Axes]", weight: "Tensor") -> None:
     """Show the weights of each class as an image, all on one scale."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    signed = LinearSegmentedColormap.from_list("", [BLUE, PALE_BLUE, "white", PALE_ORANGE, ORANGE])
     limit = weight.abs().quantile(FULL_COLOUR).item()
     for k, (axes, pixels) in enumerate(zip(slots, weight, strict=True)):
-        show_image(axes, pixels, cmap=signed, vmin=-limit, vmax=limit)
-        axes.set_xlabel(f"{k}")
+        show_image(axes, pixels, str(k), "RdBu_r", -limit)
 
 
 def draw_curve(axes: "Axes", history: list[dict[str, float]], test: float) -> None:
@@ -197,12 +181,9 @@ def in_percent(axis: Any) -> None:
 
 def draw_confusion(axes: "Axes", confusion: "Tensor") -> None:
     """Show how often each class was predicted as each other."""
-    from matplotlib.colors import LinearSegmentedColormap
-
     mistakes = confusion.double().fill_diagonal_(math.nan)
     most = max(mistakes.nan_to_num().max().item(), 1.0)
-    colours = LinearSegmentedColormap.from_list("", ["white", PALE_ORANGE, ORANGE])
-    axes.imshow(mistakes.numpy(), cmap=colours.with_extremes(bad="#dbe9f3"), vmin=0, vmax=most)
+    axes.imshow(mistakes.numpy(), cmap="Oranges", vmin=0, vmax=most)
     for true, row in enumerate(confusion.tolist()):
         for predicted, count in enumerate(row):
             is_dark = true != predicted and count > 0.6 * most
@@ -214,36 +195,32 @@ def draw_confusion(axes: "Axes", confusion: "Tensor") -> None:
     axes.spines[:].set_visible(False)
 
 
-def draw_reliability(axes: "Axes", curve: "CalibrationCurve") -> None:
-    """Show how often the predictions of each bin are right, beside their confidence."""
+def draw_calibration(rates: "Axes", counts: "Axes", curve: "CalibrationCurve") -> None:
+    """Show how often the predictions of each bin are right, and how many there are."""
     import torch
 
     from ..metrics import proportion
 
-    confidence, accuracy, counts = (values[curve.counts > 0] for values in curve)
-    _, low, high = proportion((accuracy * counts).round(), counts)
+    confidence, accuracy, sizes = (values[curve.counts > 0] for values in curve)
+    _, low, high = proportion((accuracy * sizes).round(), sizes)
     ends = torch.stack([accuracy - low, high - accuracy]).numpy()
-    axes.plot([0, 1], [0, 1], color=LIGHT)
-    options: dict[str, Any] = {"fmt": "o", "color": BLUE, "elinewidth": 0.8, "clip_on": False}
-    axes.errorbar(confidence.numpy(), accuracy.numpy(), yerr=ends, **options)
-    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    axes.tick_params(labelbottom=False)
-    in_percent(axes.yaxis)
+    rates.plot([0, 1], [0, 1], color=LIGHT)
+    points = rates.errorbar(confidence.numpy(), accuracy.numpy(), ends, fmt="o", color=BLUE)
+    points.lines[0].set_clip_on(False)
+    rates.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", xticklabels=[])
+    in_percent(rates.yaxis)
 
-
-def draw_counts(axes: "Axes", counts: "Tensor") -> None:
-    """Show the number of predictions in each bin."""
-    bins = len(counts)
+    bins = len(curve.counts)
     edges = [k / bins for k in range(bins)]
-    bars = axes.bar(edges, counts.numpy(), 1 / bins, align="edge", color=PALE_BLUE, ec="w")
-    labels = [f"{count:,}" if count else "" for count in counts.tolist()]
-    axes.bar_label(bars, labels, fontsize=6, rotation="vertical", padding=2)
-    most = counts.max().item()
-    axes.set(xlim=(0, 1), yscale="log", ylim=(0.8, 20 * most), xlabel="confidence")
-    axes.set_ylabel("images (log)")
-    axes.tick_params(axis="y", which="both", left=False, labelleft=False)
-    axes.spines["left"].set_visible(False)
-    in_percent(axes.xaxis)
+    bars = counts.bar(edges, curve.counts.numpy(), 1 / bins, align="edge", color=BLUE, ec="w")
+    labels = [f"{count:,}" if count else "" for count in curve.counts.tolist()]
+    counts.bar_label(bars, labels, fontsize=6, rotation="vertical", padding=2)
+    most = curve.counts.max().item()
+    counts.set(xlim=(0, 1), yscale="log", ylim=(0.8, 20 * most))
+    counts.set(xlabel="confidence", ylabel="images (log)")
+    counts.tick_params(axis="y", which="both", left=False, labelleft=False)
+    counts.spines["left"].set_visible(False)
+    in_percent(counts.xaxis)
 
 
 def draw_mistakes(
@@ -252,9 +229,9 @@ def draw_mistakes(
     """Show the wrong predictions of the highest confidence."""
     confidence, prediction = probabilities.max(1)
     wrong = (prediction != labels).nonzero()[:, 0]
-    chosen = wrong[confidence[wrong].argsort(descending=True)].tolist()
+    chosen = wrong[confidence[wrong].argsort(descending=True)].tolist()[: len(slots)]
+    for axes, i in zip(slots, chosen, strict=False):
+        told = f"{labels[i]} → {prediction[i]}\n{confidence[i]:.1%}"
+        show_image(axes, images[i], told, "gray_r", 0)
     for axes in slots[len(chosen) :]:
         axes.axis("off")
-    for axes, i in zip(slots, chosen, strict=False):
-        show_image(axes, images[i], cmap="gray_r", vmin=0, vmax=1)
-        axes.set_xlabel(f"{labels[i]} → {prediction[i]}\n{confidence[i]:.1%}")

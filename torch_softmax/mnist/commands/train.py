@@ -1,191 +1,178 @@
-"""Train softmax regression on MNIST, or a data set like it, from the command line."""
+"""Train softmax regression on MNIST, or a data set like it, or go on with an interrupted run.
+
+torch-softmax train --dataset mnist --output-dir runs/first
+torch-softmax resume runs/first
+"""
 
 import argparse
-import os
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tqdm import tqdm
-
-from ..._command_line import choose_device, stop_on_interrupt
+from ..._command_line import Parser, add_device_option, choose_device, table
 from ..._torchrun import launcher
-from ...distributed.data_parallel import Ranks, join_ranks
-from ...optim import newton
-from ..checkpoints import CHECKPOINT_NAME, Checkpoint
-from ..data import ImageDataset, batch_loader
-from ..settings import UNITS
-from ..training import DivergenceError, Score, Tally, evaluate, train_epoch
-from ._runs import METRICS_NAME, Run, new_run, resumed_run, save, write_metrics
+from ..settings import DEFAULTS, OF_SGD, SCHEDULES, UNITS, Settings, newton_defaults
+from ._options import add_data_dir_option, add_data_options, add_run_argument
 
-EVALUATION_BATCH = 2000
+if TYPE_CHECKING:
+    from ...distributed.data_parallel import Ranks
+    from ..runs import Run
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--optimizer": {
+        "choices": tuple(UNITS),
+        "help": "sgd (the default) goes from batch to batch; newton, with L2, to the optimum",
+    },
+    "--epochs": {
+        "type": int,
+        "metavar": "N",
+        "help": "passes over the training set, or Newton steps at the most",
+    },
+    "--batch-size": {"type": int, "metavar": "N", "help": "examples for one update"},
+    "--lr": {"type": float, "metavar": "X", "help": "learning rate at the start"},
+    "--schedule": {"choices": tuple(SCHEDULES), "help": "how the learning rate changes"},
+    "--weight-decay": {"type": float, "metavar": "X", "help": "factor of the L2 penalty"},
+    "--seed": {
+        "type": int,
+        "metavar": "N",
+        "help": "of the initial weights and the order of the examples",
+    },
+}
+
+
+def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the command `train`."""
+    parser = commands.add_parser(
+        "train",
+        help="train on MNIST, or a data set like it, and test",
+        description="Train softmax regression by gradient descent on batches, or by Newton's "
+        "method, and test it.",
+        epilog=defaults_table(),
+        example="torch-softmax train --dataset mnist --epochs 10 --output-dir runs/short",
+    )
+    add_data_options(parser)
+    # An option that is not given is not in the result, so that the data set's default stands.
+    training = parser.add_argument_group("training", argument_default=argparse.SUPPRESS)
+    for name, options in OPTIONS.items():
+        training.add_argument(name, **options)
+    add_device_option(parser)
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="the directory of the run, which must not hold another "
+        "(default: a new runs/DATASET-DATE-TIME)",
+    )
+
+
+def defaults_table() -> str:
+    """Return the training defaults of each data set."""
+    names = [field.name for field in fields(Settings) if field.name != "optimizer"]
+    rows = [["", *(f"--{name.replace('_', '-')}" for name in names)]]
+    for dataset, settings in DEFAULTS.items():
+        rows.append([dataset, *(str(getattr(settings, name)) for name in names)])
+    lines = "\n  ".join(["training defaults of sgd:", *table(rows).splitlines()])
+    return f"{lines}\n\nnewton: --epochs 100, --weight-decay 1/N, and no batches, rate or schedule"
+
+
+def add_resume_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the command `resume`."""
+    parser = commands.add_parser(
+        "resume",
+        help="go on with a training that was interrupted",
+        description="Go on with a training that was interrupted, with its data set and settings, "
+        "to the same weights as without the interruption.",
+        example="torch-softmax resume runs/short",
+    )
+    add_run_argument(parser)
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="another number of epochs, if the schedule is constant",
+    )
+    add_data_dir_option(parser, default=None)
+    add_device_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Begin a run or go on with one, in this process or all that torchrun has started."""
+    from ...distributed.data_parallel import join_ranks
+    from ..runs import train_and_test
+
     device = choose_device(args.device)
     with join_ranks(device) as ranks:
         with ranks.first_ahead():
             begin = resumed_run if args.command == "resume" else new_run
             begun = begin(args, ranks)
-        train_and_test(begun, args, device, ranks)
+        try:
+            train_and_test(begun, device, ranks)
+        except KeyboardInterrupt:
+            advice = ""
+            if begun.directory is not None:
+                advice = f"; go on with: {resume_command(args, begun.directory)}"
+            raise KeyboardInterrupt(f"interrupted{advice}") from None
 
 
-def train_and_test(run: Run, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
-    """Train, test and save."""
-    is_newton = run.checkpoint.settings.optimizer == "newton"
-    if not is_newton and "OMP_NUM_THREADS" not in os.environ:
-        # A batch is too little work to share: a second thread gains a fifth on an idle machine, and
-        # waiting for it, when another process holds its core, can make the run ten times as long.
-        torch.set_num_threads(1)
-    data = run.data
-    print(
-        f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, "
-        f"{data.train.images.shape[1]} pixels, on {device.type}"
+def new_run(args: argparse.Namespace, ranks: "Ranks") -> "Run":
+    """Begin a run; settings that are not given are the data set's."""
+    from ..checkpoints import CHECKPOINT_NAME, Checkpoint, save_checkpoint
+    from ..data import load_dataset
+    from ..runs import Run, check_unused, new_directory
+
+    given = given_settings(args)
+    is_newton = Settings(**given).optimizer == "newton"  # checked before any data are loaded
+    for name in OF_SGD:
+        if is_newton and name in given:
+            raise ValueError(f"{name} must be left out for optimizer 'newton', got {given[name]!r}")
+    if args.output_dir is not None and ranks.is_first:
+        check_unused(args.output_dir)
+    data = load_dataset(
+        args.dataset, args.data_dir, notify=lambda line: print(line, file=sys.stderr)
     )
-    try:
-        examples = data.train.to(device)
-        if is_newton:
-            finished = train_by_newton(run.checkpoint, examples, run.directory, ranks)
-        else:
-            finished = train(run.checkpoint, examples, run.directory, ranks)
-        if run.directory is None:
-            return
-        model = finished.build_model(device)
-        test = evaluate(model, batch_loader(data.test.to(device), EVALUATION_BATCH))
-        write_metrics(run.directory / METRICS_NAME, finished, test, device)
-    except KeyboardInterrupt:
-        advice = f"; go on with: {resume_command(args, run.directory)}" if run.directory else ""
-        raise KeyboardInterrupt(f"interrupted{advice}") from None
-    print(f"saved {run.directory / CHECKPOINT_NAME} and {run.directory / METRICS_NAME}")
+    defaults = newton_defaults(len(data.train)) if is_newton else DEFAULTS[data.name]
+    checkpoint = Checkpoint.start(replace(defaults, **given), data)
+    if not ranks.is_first:
+        return Run(None, data, checkpoint)
+    directory = args.output_dir or new_directory(data.name)
+    save_checkpoint(directory / CHECKPOINT_NAME, checkpoint)
+    return Run(directory, data, checkpoint)
+
+
+def resumed_run(args: argparse.Namespace, ranks: "Ranks") -> "Run":
+    """Go on with a run; settings that are given must not contradict it."""
+    from ..checkpoints import CHECKPOINT_NAME, load_checkpoint, run_directory, save_checkpoint
+    from ..runs import Run, check_writable
+
+    directory = run_directory(args.run_dir)
+    checkpoint = load_checkpoint(directory / CHECKPOINT_NAME)
+    checkpoint = checkpoint.with_settings(**given_settings(args))
+    check_writable(directory)
+    data = checkpoint.load_data(args.data_dir)
+    if data.data_dir != checkpoint.data_dir:
+        checkpoint = replace(checkpoint, data_dir=data.data_dir)
+        if ranks.is_first:
+            save_checkpoint(directory / CHECKPOINT_NAME, checkpoint)
+    batches = checkpoint.tally.batches
+    print(
+        f"going on with {directory} after epoch {checkpoint.epoch}"
+        + (f" and {batches} batches" if batches else "")
+    )
+    return Run(directory if ranks.is_first else None, data, checkpoint)
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the command line names."""
+    names = [field.name for field in fields(Settings)]
+    return {name: getattr(args, name) for name in names if name in args}
 
 
 def resume_command(args: argparse.Namespace, directory: Path) -> str:
-    """What to type to go on with a run, on the same device; it knows where its data are."""
+    """Return the command line that goes on with a run on the same device."""
     command = [*launcher(), "-m", "torch_softmax", "resume", str(directory)]
     if args.device != args.parser.get_default("device"):
         command += ["--device", args.device]
     return shlex.join(command)
-
-
-def train(
-    checkpoint: Checkpoint, examples: ImageDataset, directory: Path | None, ranks: Ranks
-) -> Checkpoint:
-    """Train from a checkpoint on, save and print a line epoch by epoch; return the last one.
-
-    Ctrl-C is raised once the batch at work has come to its end and what was done is saved.
-    """
-    settings = checkpoint.settings
-    model = checkpoint.build_model(examples.images.device)
-    generator = torch.Generator()
-    batches = batch_loader(examples, settings.batch_size, generator, ranks)
-
-    is_patient = ranks.size > 1
-    with (
-        progress_bar(checkpoint, len(batches), ranks) as show,
-        stop_on_interrupt(is_patient) as stop,
-    ):
-        while checkpoint.epoch < settings.epochs:
-            epoch, tally = checkpoint.epoch, replace(checkpoint.tally)
-            generator.set_state(checkpoint.generator_state)
-            try:
-                report = partial(show, epoch)
-                train_epoch(model, batches, settings, epoch, tally, report, stop, ranks)
-            except DivergenceError as error:
-                kept = ""
-                if epoch > 0 and directory is not None:
-                    kept = f"; {directory / CHECKPOINT_NAME} keeps epoch {epoch}"
-                raise DivergenceError(f"in epoch {epoch + 1} {error}{kept}") from error
-            is_whole = tally.batches == len(batches)
-            if is_whole:
-                checkpoint = checkpoint.after_epoch(model, tally.score(), tally.seconds, generator)
-            else:
-                checkpoint = checkpoint.after_batches(model, tally)
-            with ranks.together():
-                save(checkpoint, directory)
-            if is_whole:
-                tqdm.write(epoch_line(checkpoint))
-            if not is_whole or any(ranks.total(stop())):
-                raise KeyboardInterrupt
-    return checkpoint
-
-
-def train_by_newton(
-    checkpoint: Checkpoint, examples: ImageDataset, directory: Path | None, ranks: Ranks
-) -> Checkpoint:
-    """Go to the optimum, save and print a line step by step; return the last one.
-
-    Each rank holds its part of the examples.
-    """
-    settings = checkpoint.settings
-    model = checkpoint.build_model(examples.images.device)
-    input, target = examples[ranks.part(torch.arange(len(examples)))]
-    start = time.perf_counter()
-    disable = None if ranks.is_first else True
-
-    with (
-        tqdm(total=settings.epochs, unit="step", disable=disable) as bar,
-        stop_on_interrupt(ranks.size > 1) as stop,
-    ):
-
-        def report(result: newton.Result) -> None:
-            nonlocal checkpoint, start
-            seconds = time.perf_counter() - start
-            (right,) = ranks.total((model.predict(input) == target).sum())
-            score = Score(result.loss, int(right) / len(examples))
-            checkpoint = checkpoint.after_epoch(model, score, seconds)
-            with ranks.together():
-                save(checkpoint, directory)
-            bar.update()
-            tqdm.write(f"{epoch_line(checkpoint)}  gradient {result.gradient_norm:.1e}")
-            if any(ranks.total(stop())):
-                raise KeyboardInterrupt
-            start = time.perf_counter()
-
-        left = settings.epochs - checkpoint.epoch
-        if left == 0:
-            return checkpoint
-        result = newton.minimize(
-            model, input, target, settings.weight_decay, max_steps=left, report=report, ranks=ranks
-        )
-    if not result.converged:
-        note = f"not converged: the gradient's norm is {result.gradient_norm:.1e}"
-        tqdm.write(note, file=sys.stderr)
-    return checkpoint
-
-
-@contextmanager
-def progress_bar(
-    checkpoint: Checkpoint, batches: int, ranks: Ranks
-) -> Iterator[Callable[[int, Tally], None]]:
-    """A bar over all epochs, from where the run stands; yields the function that moves it on."""
-    done = checkpoint.epoch * batches + checkpoint.tally.batches
-    total = checkpoint.settings.epochs * batches
-    disable = None if ranks.is_first else True
-    with tqdm(initial=done, total=total, unit="batch", disable=disable) as bar:
-
-        def show(epoch: int, tally: Tally) -> None:
-            score = tally.score()
-            bar.set_postfix(
-                loss=f"{score.loss:.4f}", accuracy=f"{score.accuracy:.2%}", refresh=False
-            )
-            bar.update(epoch * batches + tally.batches - bar.n)
-
-        yield show
-
-
-def epoch_line(checkpoint: Checkpoint) -> str:
-    """How the last epoch went."""
-    epochs = checkpoint.settings.epochs
-    last = checkpoint.history[-1]
-    number = f"{checkpoint.epoch:>{len(str(epochs))}}/{epochs}"
-    return (
-        f"{UNITS[checkpoint.settings.optimizer]} {number}  loss {last['loss']:.4f}  "
-        f"train accuracy {last['accuracy']:.2%}  {last['seconds']:.2f} s"
-    )
