@@ -13,7 +13,7 @@ from torch_softmax.__main__ import main
 from torch_softmax.distributed.data_parallel import Ranks, join_ranks
 from torch_softmax.mnist import runs
 from torch_softmax.mnist.checkpoints import Checkpoint, load_checkpoint
-from torch_softmax.mnist.data import BatchIndices, load_dataset
+from torch_softmax.mnist.data import BatchLoader, ImageDataset, load_dataset
 from torch_softmax.mnist.download import DataError
 from torch_softmax.mnist.settings import newton_defaults
 from torch_softmax.mnist.training import batch_update
@@ -106,11 +106,13 @@ def test_an_interruption_of_torchrun_tells_how_to_go_on_with_it(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_the_parts_of_all_ranks_are_the_batches(size):
+    numbered = ImageDataset(torch.zeros(20, 1, dtype=torch.uint8), torch.arange(20), 255)
     parts = []
     for rank in range(size):
         generator = torch.Generator().manual_seed(0)
-        parts.append(list(BatchIndices(20, 6, generator, Ranks(rank, size))))
-    whole = list(BatchIndices(20, 6, torch.Generator().manual_seed(0)))
+        loader = BatchLoader(numbered, 6, generator, Ranks(rank, size))
+        parts.append([labels for _, labels in loader])
+    whole = [labels for _, labels in BatchLoader(numbered, 6, torch.Generator().manual_seed(0))]
     for batch, *shares in zip(whole, *parts, strict=True):
         assert sorted(torch.cat(shares).tolist()) == sorted(batch.tolist())
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
