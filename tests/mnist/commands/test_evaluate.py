@@ -1,8 +1,7 @@
 """The command that evaluates a classifier: its numbers, its table, its JSON, and bad input."""
 
 import json
-import subprocess
-import sys
+import runpy
 from dataclasses import replace
 
 import pytest
@@ -113,11 +112,11 @@ def test_columns_stay_in_line_where_a_number_is_undefined(never_8, monkeypatch, 
     assert max(map(len, lines)) <= 80
 
 
-def test_as_a_command_of_its_own(run_dir):
-    command = [sys.executable, ROOT / "scripts" / "evaluate.py", run_dir]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{run_dir} on the 355 test images of digits\n")
-    assert done.stderr == ""
+def test_as_a_script(run_dir, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(run_dir)])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"{run_dir} on the 355 test images of digits\n")
 
 
 def test_the_data_are_where_the_run_had_them(tmp_path, monkeypatch, capsys):
