@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from torch_softmax import SoftmaxRegression
-from torch_softmax.mnist.data import ImageDataset, batch_loader, load_dataset
+from torch_softmax.mnist.data import BatchLoader, ImageDataset, load_dataset
 from torch_softmax.mnist.settings import NUM_CLASSES, Settings
 from torch_softmax.mnist.training import train_epoch
 
@@ -100,11 +100,11 @@ def torch_loop(batches: Batches, features: int, device: torch.device | str) -> n
 
 
 def our_loop(examples: ImageDataset) -> nn.Linear:
-    """`train_epoch` with `batch_loader`, which keep the loss and the accuracy as well."""
+    """`train_epoch` with `BatchLoader`, which keep the loss and the accuracy as well."""
     features, device = examples.images.shape[1], examples.images.device
     model = SoftmaxRegression(features, NUM_CLASSES, device=device)
     model.load_state_dict(new_model(features, device).state_dict())
-    batches = batch_loader(examples, SETTINGS.batch_size, torch.Generator())
+    batches = BatchLoader(examples, SETTINGS.batch_size, torch.Generator())
     train_epoch(model, batches, SETTINGS, epoch=0)
     return model
 

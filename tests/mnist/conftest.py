@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers import ROOT
 from torch_softmax.mnist.checkpoints import Checkpoint
-from torch_softmax.mnist.data import batch_loader, load_dataset
+from torch_softmax.mnist.data import BatchLoader, load_dataset
 from torch_softmax.mnist.settings import DEFAULTS
 from torch_softmax.mnist.training import train_epoch
 
@@ -16,7 +16,7 @@ def train(data, epochs):
     settings = replace(DEFAULTS[data.name], epochs=epochs)
     checkpoint = Checkpoint.start(settings, data)
     model = checkpoint.build_model()
-    batches = batch_loader(data.train, settings.batch_size, torch.Generator().manual_seed(0))
+    batches = BatchLoader(data.train, settings.batch_size, torch.Generator().manual_seed(0))
     for epoch in range(settings.epochs):
         train_epoch(model, batches, settings, epoch)
     return replace(checkpoint, model=model.state_dict())

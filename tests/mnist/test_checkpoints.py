@@ -27,11 +27,6 @@ SETTINGS = Settings(epochs=4, batch_size=32, lr=0.5)
 EPOCH = {"loss": 0.25, "accuracy": 0.5, "seconds": 2.0}
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load_dataset("digits", "nowhere")
-
-
 @pytest.fixture
 def start(digits):
     return Checkpoint.start(SETTINGS, digits)
@@ -215,9 +210,6 @@ def test_without_a_schedule_there_may_be_other_epochs(checkpoint):
 
 def test_what_is_read_is_what_was_written(path, checkpoint):
     assert same(load_checkpoint(path), checkpoint)
-
-
-def test_a_run_directory_stands_for_its_checkpoint(path, checkpoint):
     assert same(load_checkpoint(path.parent), checkpoint)
 
 
@@ -247,7 +239,7 @@ def test_a_file_that_is_not_there(tmp_path):
     assert refusal(tmp_path / "none.pt") == "can't be read: No such file or directory"
 
 
-@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.999])
 def test_a_truncated_file(path, part):
     content = path.read_bytes()
     path.write_bytes(content[: int(part * len(content))])
@@ -272,16 +264,15 @@ def test_a_weight_with_one_wrong_bit(path, checkpoint):
         {"weight": torch.zeros(10, 64), "bias": torch.zeros(10)},
         {"model": {"weight": torch.zeros(10, 64)}, "settings": asdict(SETTINGS)},
         [1, 2],
+        b"any text",
+        pickle.dumps({"model": 1}),
     ],
 )
-def test_what_another_program_saved(path, content):
-    torch.save(content, path)
-    assert refusal(path) == NOT_OURS
-
-
-@pytest.mark.parametrize("content", [b"any text", b"\x89PNG\r\n", pickle.dumps({"model": 1})])
-def test_a_file_of_another_kind(path, content):
-    path.write_bytes(content)
+def test_what_another_program_wrote(path, content):
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
     assert refusal(path) == NOT_OURS
 
 
@@ -313,10 +304,11 @@ def test_values_that_cannot_be(path, name, value, problem):
 
 
 @pytest.mark.parametrize("name", ["settings", "epoch", "generator_state", "tally", "model"])
-@pytest.mark.parametrize("value", [None, "x", torch.zeros(3)])
-def test_values_of_another_kind(path, name, value):
-    torch.save({**torch.load(path, weights_only=True), name: value}, path)
-    assert refusal(path)
+def test_values_of_another_kind(path, name):
+    content = torch.load(path, weights_only=True)
+    for value in (None, "x", torch.zeros(3)):
+        torch.save({**content, name: value}, path)
+        assert refusal(path)
 
 
 @pytest.mark.parametrize("classes", [5, 11])

@@ -9,7 +9,6 @@ import torch
 from torch_softmax.mnist.metrics import (
     calibration_curve,
     confusion_matrix,
-    estimate_calibration_error,
     mean,
     proportion,
     rates,
@@ -148,7 +147,6 @@ def test_gaps_of_opposite_sign_do_not_cancel_across_bins():
     probabilities = torch.cat([confident(0.6, 10), confident(0.9, 10)])
     target = torch.tensor([0] * 8 + [1] * 2 + [0] * 7 + [1] * 3)
     assert calibration_curve(probabilities, target).error.item() == pytest.approx(0.2)
-    assert estimate_calibration_error(probabilities, target).value.item() == pytest.approx(0.2)
 
 
 def test_half_precision_probabilities():
@@ -156,29 +154,6 @@ def test_half_precision_probabilities():
     exact = calibration_curve(probabilities, target).error.item()
     rounded = calibration_curve(probabilities.bfloat16(), target).error.item()
     assert rounded == pytest.approx(exact, abs=probabilities.max().item() * 2**-8)
-
-
-def test_calibration_interval_repeats_itself_by_its_seed():
-    probabilities, target = torch.rand(50, K).softmax(1), torch.randint(K, (50,))
-    ends = [estimate_calibration_error(probabilities, target, seed=s)[1:] for s in (0, 0, 1)]
-    assert ends[0] == ends[1]
-    assert ends[0] != ends[2]
-
-
-@pytest.mark.parametrize("power", [1.0, 3.0])
-def test_calibration_interval_holds_the_truth_in_at_least_95_of_100_samples(power):
-    # A classifier that is right with the probability confidence^power.
-    levels = torch.tensor([0.55, 0.65, 0.75, 0.85, 0.95], dtype=torch.float64)
-    truth = (levels - levels**power).abs().mean()
-    confidence = levels.repeat(60)
-    probabilities = torch.stack([confidence, 1 - confidence], 1)
-    covered = 0
-    for _ in range(60):
-        target = (torch.rand(300) >= confidence**power).long()
-        value, low, high = estimate_calibration_error(probabilities, target, resamples=100)
-        covered += bool(low <= truth <= high)
-        assert 0 <= low <= value <= high
-    assert covered >= 55
 
 
 # Bad input
@@ -219,11 +194,6 @@ EVEN = torch.full((2, 2), 0.5)
             "at least 0 that",
         ),
         (lambda: calibration_curve(EVEN, LABELS, 0), ValueError, "bins must be at least 1, got 0"),
-        (
-            lambda: estimate_calibration_error(EVEN, LABELS, resamples=0),
-            ValueError,
-            "resamples must be at least 1, got 0",
-        ),
     ],
 )
 def test_bad_input_is_told(call, error, message):

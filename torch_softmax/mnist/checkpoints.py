@@ -30,29 +30,17 @@ class CheckpointError(UserError):
 class Checkpoint:
     """A run at the end of an epoch, or where it was interrupted within the next one.
 
-    Args:
-        model: The state_dict on the CPU: `weight` of shape (K, D) and `bias` of shape (K,).
-        settings: The settings of the run.
-        dataset: The name of the data set.
-        epoch: The number of epochs done.
-        history: `loss`, `accuracy` and `seconds` of each of these epochs.
-        generator_state: uint8, of the generator that shuffles, at the end of these epochs.
-        tally: Sums over the batches done since then.
-        data_dir: The absolute path of the folder that the data were loaded from, or None if they
-            are part of this package or the checkpoint is older than this field.
-
-    Raises:
-        ValueError: The fields don't fit together.
+    The fields are checked against one another; a ValueError says what is wrong.
     """
 
-    model: dict[str, Tensor]
+    model: dict[str, Tensor]  # on the CPU: `weight` of shape (K, D) and `bias` of shape (K,)
     settings: Settings
     dataset: str
-    epoch: int
-    history: list[dict[str, float]]
-    generator_state: Tensor
-    tally: Tally = field(default_factory=Tally)
-    data_dir: str | None = None
+    epoch: int  # the number of epochs done
+    history: list[dict[str, float]]  # `loss`, `accuracy` and `seconds` of each of these epochs
+    generator_state: Tensor  # uint8, of the generator that shuffles, at the end of these epochs
+    tally: Tally = field(default_factory=Tally)  # sums over the batches done since then
+    data_dir: str | None = None  # an absolute path; None for the digits and in older checkpoints
 
     def __post_init__(self) -> None:
         checks.one_of("dataset", self.dataset, DATASETS[1:])
@@ -116,16 +104,12 @@ class Checkpoint:
         return replace(self, settings=replace(self.settings, **given))
 
     def load_data(self, data_dir: Path | None = None, dataset: str | None = None) -> TrainTest:
-        """Load a data set that the model fits.
+        """Load a data set, or raise a UserError if that fails or its images have another size.
 
         Args:
             data_dir: Where it is, or None for where the run had its data or, if they are no longer
                 there, for the default.
             dataset: Its name, or None for the run's data set.
-
-        Raises:
-            DataError: The data set can't be loaded.
-            CheckpointError: Its images have another size.
         """
         gone = ""
         if data_dir is None and self.data_dir is not None:

@@ -1,4 +1,4 @@
-"""Data sets of images in memory, and loaders that fetch a whole batch by its indices."""
+"""Data sets of images in memory, and their batches."""
 
 import gzip
 import math
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from .. import _checks as checks
 from ..distributed.data_parallel import Ranks
@@ -59,60 +59,44 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         return ImageDataset(self.images.to(device), self.labels.to(device), self.max_pixel)
 
 
-class BatchIndices(Sampler[Tensor]):
-    """The indices of one batch after another, as the arguments of `batch_loader` say."""
+class BatchLoader:
+    """Batches of a data set on its device, each indexed at once: float32 (B, D) and int64 (B,).
+
+    Args:
+        dataset: The examples.
+        batch_size: B; the last batch has what is left.
+        generator: Shuffles each pass anew, or None to keep the order.
+        ranks: The processes that share each batch, each with a generator of the same state, or
+            None for this process alone.
+
+    Example:
+        >>> dataset = ImageDataset(torch.zeros(5, 4, dtype=torch.uint8), torch.arange(5), 255)
+        >>> [labels.tolist() for _, labels in BatchLoader(dataset, 2)]
+        [[0, 1], [2, 3], [4]]
+    """
 
     def __init__(
         self,
-        size: int,
+        dataset: ImageDataset,
         batch_size: int,
         generator: torch.Generator | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         checks.positive("batch_size", batch_size)
-        self.size = size
-        self.batch_size = batch_size
-        self.generator = generator
+        self.dataset, self.batch_size, self.generator = dataset, batch_size, generator
         self.ranks = ranks or Ranks()
 
     def __len__(self) -> int:
-        return math.ceil(self.size / self.batch_size)
+        return math.ceil(len(self.dataset) / self.batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        if self.generator is None:
-            order = torch.arange(self.size)
-        else:
-            order = torch.randperm(self.size, generator=self.generator)
-        return map(self.ranks.part, order.split(self.batch_size))
-
-
-def batch_loader(
-    dataset: ImageDataset,
-    batch_size: int,
-    generator: torch.Generator | None = None,
-    ranks: Ranks | None = None,
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Return a DataLoader that indexes the data set once a batch, not once an example.
-
-    Args:
-        dataset: The examples.
-        batch_size: The number of examples in a batch; the last batch has what is left.
-        generator: Shuffles each pass anew, or None to keep the order.
-        ranks: The processes that share each batch, each with a generator of the same state, or
-            None for this process alone.
-
-    Returns:
-        A loader of (images, labels): float32 of shape (batch_size, D) and int64 of (batch_size,),
-        on the data set's device.
-
-    Example:
-        >>> dataset = ImageDataset(torch.zeros(5, 4, dtype=torch.uint8), torch.arange(5), 255)
-        >>> [labels.tolist() for _, labels in batch_loader(dataset, 2)]
-        [[0, 1], [2, 3], [4]]
-    """
-    batches = BatchIndices(len(dataset), batch_size, generator, ranks)
-    # batch_size=None passes what the sampler yields, a batch of indices, to the data set as it is.
-    return DataLoader(dataset, sampler=batches, batch_size=None, generator=generator)
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(len(self.dataset))
+        if self.generator is not None:
+            order = torch.randperm(len(order), generator=self.generator)
+            # Torch's DataLoader, with which older runs began, then draws such a number.
+            torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+        for indices in order.split(self.batch_size):
+            yield self.dataset[self.ranks.part(indices)]
 
 
 class TrainTest(NamedTuple):
@@ -130,16 +114,12 @@ def load_dataset(
     """Load a data set, downloading it to `data_dir` if it isn't there yet.
 
     Args:
-        name: 'mnist', 'fashion-mnist', 'kmnist' (28x28 pixels, 60,000 + 10,000 images, from
-            torchvision's mirrors), 'idx' (other images of ten classes in MNIST's four files),
+        name: 'mnist', 'fashion-mnist', 'kmnist' (28x28 pixels, 60,000 + 10,000 images, downloaded),
+            'idx' (other images of ten classes in MNIST's four files),
             'digits' (8x8 pixels, 1,442 + 355 images, part of this package), or 'auto': mnist if it
             is on disk or can be downloaded, else digits.
         data_dir: The root folder of torchvision's data sets, or the folder with the four files.
         notify: Is called with one line when 'auto' falls back to the digits.
-
-    Raises:
-        DataNotFoundError: The files are not on disk and can't be downloaded.
-        DataError: A file is broken.
 
     Example:
         >>> digits = load_dataset("digits", data_dir="data")
@@ -166,14 +146,9 @@ def _load_digits() -> TrainTest:
     lines = gzip.decompress(packed).decode().splitlines()
     table = torch.tensor([[int(value) for value in line.split(",")] for line in lines])
     images, labels = table[:, :-1].to(torch.uint8), table[:, -1]
-    is_test = _rank_in_class(labels) % 5 == 4
+    seen = torch.nn.functional.one_hot(labels, NUM_CLASSES).cumsum(0)  # (N, K)
+    is_test = seen.gather(1, labels[:, None])[:, 0] % 5 == 0  # each fifth of a class
     train, test = (
         ImageDataset(images[chosen], labels[chosen], max_pixel=16) for chosen in (~is_test, is_test)
     )
     return TrainTest("digits", train, test)
-
-
-def _rank_in_class(labels: Tensor) -> Tensor:
-    """Return how many earlier examples have the same label: int64 of shape (N,)."""
-    seen = torch.nn.functional.one_hot(labels, NUM_CLASSES).cumsum(0)  # (N, K)
-    return seen.gather(1, labels[:, None])[:, 0] - 1

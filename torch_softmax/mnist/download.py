@@ -18,10 +18,9 @@ from torch import Tensor
 from .._checks import UserError
 from .settings import NUM_CLASSES
 
-CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}  # of torchvision
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}  # its names
 PARTS = ("train", "t10k")
 FILES = [f"{part}-{kind}" for part in PARTS for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-SIDE = 28  # pixels of an image
 SILENCE = 20.0  # seconds to wait for the next bytes of a mirror
 
 
@@ -34,42 +33,34 @@ class DataNotFoundError(DataError):
 
 
 def find_folder(name: str, root: Path) -> Path | None:
-    """Return the folder that has a data set's four files, packed or not, or None.
-
-    Args:
-        name: The data set, as in `settings.DATASETS`.
-        root: Torchvision's root directory, or the folder itself.
-    """
-    folders = [root / CLASSES[name] / "raw", root] if name in CLASSES else [root]
+    """Return the folder with a data set's four files, in torchvision's root or `root` itself."""
+    folders = [root / TORCHVISION[name] / "raw", root] if name in TORCHVISION else [root]
     return next((folder for folder in folders if not _missing(folder)), None)
 
 
 def read_mnist(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
-    """Return the images and labels of the training and of the test set.
+    """Return the images and labels of the training and of the test set, uint8 (N, 784), int64 (N,).
 
     Each file may be packed (.gz), by any program, or unpacked, which is preferred. What the file
     holds is checked, not its own bytes.
 
     Args:
-        name: 'mnist', 'fashion-mnist', 'kmnist', whose missing files torchvision downloads, or
+        name: 'mnist', 'fashion-mnist' or 'kmnist', whose missing files torchvision downloads, or
             'idx', for other images of ten classes in the same four files.
         root: Torchvision's root directory, or the folder with the four files.
-
-    Returns:
-        For each set, uint8 images of shape (N, 784) and int64 labels of shape (N,).
 
     Raises:
         DataNotFoundError: A file is not on disk and can't be downloaded.
         DataError: A file is broken, or can't be read.
     """
     folder = find_folder(name, root)
-    if folder is None and name not in CLASSES:
+    if folder is None and name not in TORCHVISION:
         raise DataNotFoundError(
             f"{name} needs the files {', '.join(FILES)}, packed as .gz or not, in {root}"
         )
     if folder is None:
-        folder = root / CLASSES[name] / "raw"
-        _download(CLASSES[name], folder)
+        folder = root / TORCHVISION[name] / "raw"
+        _download(TORCHVISION[name], folder)
     try:
         return [_read_part(folder, part) for part in PARTS]
     except OSError as error:
@@ -77,12 +68,8 @@ def read_mnist(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
 
 
 def _missing(folder: Path) -> list[str]:
-    return [name for name in FILES if not any(path.exists() for path in _paths(folder, name))]
-
-
-def _paths(folder: Path, name: str) -> tuple[Path, Path]:
-    """Return where a file is unpacked, and where it is packed."""
-    return folder / name, folder / f"{name}.gz"
+    """Return the names of the files that are there neither unpacked nor packed."""
+    return [n for n in FILES if not (folder / n).exists() and not (folder / f"{n}.gz").exists()]
 
 
 def _download(class_name: str, folder: Path) -> None:
@@ -91,24 +78,23 @@ def _download(class_name: str, folder: Path) -> None:
     from torchvision.datasets.utils import download_url
 
     dataset = getattr(datasets, class_name)
-    checksums = dict(dataset.resources)
-    is_terminal = sys.stderr.isatty()  # only there torchvision's bar is of use
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:
-        for name in [f"{name}.gz" for name in _missing(folder)]:
-            failures = []
+        for name in _missing(folder):
+            packed, failures = f"{name}.gz", []
             for mirror in dataset.mirrors:
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
-                    # A file gets its name only once it is whole.
+                    # A file gets its name only once it is whole. The bar is for terminals only.
                     with (
                         tempfile.TemporaryDirectory(dir=folder) as scratch,
                         redirect_stdout(io.StringIO()),
-                        redirect_stderr(sys.stderr if is_terminal else io.StringIO()),
+                        redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()),
                     ):
-                        download_url(mirror + name, scratch, name, checksums[name])
-                        Path(scratch, name).replace(folder / name)
+                        checksum = dict(dataset.resources)[packed]
+                        download_url(mirror + packed, scratch, packed, checksum)
+                        Path(scratch, packed).replace(folder / packed)
                     break
                 except (OSError, RuntimeError, HTTPException) as error:
                     failures.append(f"{mirror}: {' '.join(str(error).split())}")
@@ -124,10 +110,9 @@ def _download(class_name: str, folder: Path) -> None:
 def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     images, image_file = _read_idx(folder, f"{part}-images-idx3-ubyte", dims=3)
     labels, label_file = _read_idx(folder, f"{part}-labels-idx1-ubyte", dims=1)
-    count, height, width = images.shape
-    if count == 0 or (height, width) != (SIDE, SIDE):
-        size = f"{height}x{width} pixels, not of {SIDE}x{SIDE}"
-        raise _broken(image_file, f"holds {count} images of {size}")
+    count, *size = images.shape
+    if count == 0 or size != [28, 28]:
+        raise _broken(image_file, f"holds {count} images of {size} pixels, not of [28, 28]")
     if len(labels) != count:
         raise _broken(label_file, f"holds {len(labels)} labels for {count} images")
     if labels.max() >= NUM_CLASSES:
@@ -137,10 +122,10 @@ def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 def _read_idx(folder: Path, name: str, dims: int) -> tuple[Tensor, Path]:
     """Return what an IDX file of bytes holds, once that agrees with its header, and its path."""
-    plain, packed = _paths(folder, name)
-    path = plain if plain.exists() else packed
+    is_packed = not (folder / name).exists()
+    path = folder / (f"{name}.gz" if is_packed else name)
     content = path.read_bytes()
-    if path == packed:
+    if is_packed:
         try:
             content = gzip.decompress(content)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -1,7 +1,5 @@
 """Read a picture of one digit, and turn it into an image like those of a data set.
 
-    pixels = normalize(read_grey(Path("seven.png")), FRAMES["mnist"])
-
 The digit is dark on light or light on dark, on an even ground. Everything else is refused: a
 classifier is sure of anything, and its own probability can't tell a desk from an 8.
 """
@@ -284,12 +282,15 @@ def _centre(ink: Tensor, dim: int) -> float:
 
 def _place(ink: Tensor, frame: Frame) -> Tensor:
     """Scale cropped ink into a frame's box, and place the box in its square."""
-    scale = math.sqrt(math.prod(_scales(ink, frame)))
-    reach = int((frame.stroke / scale - _stroke_width(ink)) / 2)
+
+    def scales() -> list[float]:
+        factors = [limit / side for limit, side in zip(frame.box, ink.shape, strict=True)]
+        return [min(factors)] * 2 if frame.by_mass else factors
+
+    reach = int((frame.stroke / math.sqrt(math.prod(scales())) - _stroke_width(ink)) / 2)
     if reach >= 1:
         ink = _dilated(pad(ink, [reach] * 4), 2 * reach + 1)
-    scales = _scales(ink, frame)
-    shape = [max(1, round(side * scale)) for side, scale in zip(ink.shape, scales, strict=True)]
+    shape = [max(1, round(side * scale)) for side, scale in zip(ink.shape, scales(), strict=True)]
     ink = transforms.resize(ink[None], shape, antialias=True)[0]
     ink = ink / ink.max()
     square = torch.zeros(frame.side, frame.side)
@@ -300,12 +301,6 @@ def _place(ink: Tensor, frame: Frame) -> Tensor:
         place.append(slice(start, start + side))
     square[tuple(place)] = ink
     return avg_pool2d(square[None], frame.block).flatten()
-
-
-def _scales(ink: Tensor, frame: Frame) -> list[float]:
-    """Return the factors by which ink fits into a frame's box, in height and width."""
-    scales = [limit / side for limit, side in zip(frame.box, ink.shape, strict=True)]
-    return [min(scales)] * 2 if frame.by_mass else scales
 
 
 def _stroke_width(ink: Tensor) -> float:

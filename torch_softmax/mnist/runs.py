@@ -25,7 +25,7 @@ from .._files import write_atomically
 from ..distributed.data_parallel import Ranks
 from ..optim import newton
 from .checkpoints import CHECKPOINT_NAME, Checkpoint, save_checkpoint
-from .data import ImageDataset, TrainTest, batch_loader
+from .data import BatchLoader, ImageDataset, TrainTest
 from .settings import UNITS
 from .training import DivergenceError, Score, Tally, evaluate, train_epoch
 
@@ -63,7 +63,7 @@ def train_and_test(run: Run, device: torch.device, ranks: Ranks) -> None:
     finished = train(run.checkpoint, data.train.to(device), run.directory, ranks)
     if run.directory is None:
         return
-    batches = batch_loader(data.test.to(device), EVALUATION_BATCH)
+    batches = BatchLoader(data.test.to(device), EVALUATION_BATCH)
     test = evaluate(finished.build_model(device), batches)
     write_metrics(run.directory / METRICS_NAME, finished, test, device)
     print(f"saved {run.directory / CHECKPOINT_NAME} and {run.directory / METRICS_NAME}")
@@ -76,22 +76,19 @@ def train_by_batches(
     settings = checkpoint.settings
     model = checkpoint.build_model(examples.images.device)
     generator = torch.Generator()
-    batches = batch_loader(examples, settings.batch_size, generator, ranks)
-    total, done = len(batches), checkpoint.epoch * len(batches) + checkpoint.tally.batches
+    batches = BatchLoader(examples, settings.batch_size, generator, ranks)
+    size = len(batches)
+    done, end = checkpoint.epoch * size + checkpoint.tally.batches, settings.epochs * size
+    silent = None if ranks.is_first else True  # None leaves the bar to terminals
     with (
-        tqdm(
-            initial=done,
-            total=settings.epochs * total,
-            unit="batch",
-            disable=None if ranks.is_first else True,
-        ) as bar,
+        tqdm(initial=done, total=end, unit="batch", disable=silent) as bar,
         stop_on_interrupt(ranks.size > 1) as stop,
     ):
 
         def show(epoch: int, tally: Tally) -> None:
             loss, accuracy = tally.score()
             bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
-            bar.update(epoch * total + tally.batches - bar.n)
+            bar.update(epoch * size + tally.batches - bar.n)
 
         while checkpoint.epoch < settings.epochs:
             epoch, tally = checkpoint.epoch, replace(checkpoint.tally)
@@ -100,16 +97,15 @@ def train_by_batches(
                 report = partial(show, epoch)
                 train_epoch(model, batches, settings, epoch, tally, report, stop, ranks)
             except DivergenceError as error:
-                kept = ""
-                if epoch > 0 and directory is not None:
-                    kept = f"; {directory / CHECKPOINT_NAME} keeps epoch {epoch}"
+                file = directory and directory / CHECKPOINT_NAME
+                kept = f"; {file} keeps epoch {epoch}" if file and epoch > 0 else ""
                 raise DivergenceError(f"in epoch {epoch + 1} {error}{kept}") from error
-            is_whole = tally.batches == total
+            is_whole = tally.batches == size
             if is_whole:
                 checkpoint = checkpoint.after_epoch(model, tally.score(), tally.seconds, generator)
             else:
                 checkpoint = checkpoint.after_batches(model, tally)
-            save(checkpoint, directory, ranks)
+            save_run(checkpoint, directory, ranks)
             if is_whole:
                 tqdm.write(epoch_line(checkpoint))
             if not is_whole or any(ranks.total(stop())):
@@ -125,15 +121,14 @@ def train_by_newton(
     Each rank has its part of the examples.
     """
     settings = checkpoint.settings
-    left = settings.epochs - checkpoint.epoch
-    if left == 0:
+    if checkpoint.epoch == settings.epochs:
         return checkpoint
     model = checkpoint.build_model(examples.images.device)
     input, target = examples[ranks.part(torch.arange(len(examples)))]
+    silent = None if ranks.is_first else True
     start = time.perf_counter()
-    disable = None if ranks.is_first else True
     with (
-        tqdm(total=settings.epochs, unit="step", disable=disable) as bar,
+        tqdm(total=settings.epochs, unit="step", disable=silent) as bar,
         stop_on_interrupt(ranks.size > 1) as stop,
     ):
 
@@ -143,15 +138,16 @@ def train_by_newton(
             (right,) = ranks.total((model.predict(input) == target).sum())
             score = Score(result.loss, int(right) / len(examples))
             checkpoint = checkpoint.after_epoch(model, score, seconds)
-            save(checkpoint, directory, ranks)
+            save_run(checkpoint, directory, ranks)
             bar.update()
             tqdm.write(f"{epoch_line(checkpoint)}  gradient {result.gradient_norm:.1e}")
             if any(ranks.total(stop())):
                 raise KeyboardInterrupt
             start = time.perf_counter()
 
+        left = settings.epochs - checkpoint.epoch
         result = newton.minimize(
-            model, input, target, settings.weight_decay, max_steps=left, report=report, ranks=ranks
+            model, input, target, settings.weight_decay, report=report, max_steps=left, ranks=ranks
         )
     if not result.converged:
         note = f"not converged: the gradient's norm is {result.gradient_norm:.1e}"
@@ -170,7 +166,7 @@ def epoch_line(checkpoint: Checkpoint) -> str:
     )
 
 
-def save(checkpoint: Checkpoint, directory: Path | None, ranks: Ranks) -> None:
+def save_run(checkpoint: Checkpoint, directory: Path | None, ranks: Ranks) -> None:
     """Save a checkpoint on the rank that has a directory; raise on all ranks if that fails."""
     with ranks.together():
         if directory is not None:
@@ -182,17 +178,14 @@ def save(checkpoint: Checkpoint, directory: Path | None, ranks: Ranks) -> None:
 def write_metrics(path: Path, finished: Checkpoint, test: Score, device: torch.device) -> None:
     """Write the curves and the result of a run as JSON, and print the result."""
     seconds = sum(epoch["seconds"] for epoch in finished.history)
+    threads = torch.get_num_threads()
     metrics = {
         "dataset": finished.dataset,
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
         "train_seconds": seconds,
         "epochs": finished.history,
-        "settings": {
-            **finished.settings.used(),
-            "device": device.type,
-            "threads": torch.get_num_threads(),
-        },
+        "settings": {**finished.settings.used(), "device": device.type, "threads": threads},
         "versions": {
             "torch_softmax": __version__,
             "python": platform.python_version(),

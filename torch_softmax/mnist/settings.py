@@ -25,29 +25,18 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a run, together with the data; `DEFAULTS` has one for each data set.
+    """The settings of a run; `DEFAULTS` has some for each data set.
 
-    Args:
-        optimizer: 'sgd', gradient descent on batches, or 'newton', which sees all examples at
-            each step and has no use for batch_size, lr and schedule.
-        epochs: Passes over the training set, or Newton steps at the most.
-        batch_size: Examples for one update.
-        lr: The learning rate before the schedule's factor.
-        schedule: 'constant' or 'cosine'.
-        weight_decay: λ of the penalty λ/2 ‖W‖², the factor of the weights in the gradient.
-        seed: Of the initial weights and of the order of the examples.
-
-    Raises:
-        ValueError: A number is out of its range or the schedule unknown.
+    Each value is checked; a ValueError names the first that is out of its range.
     """
 
-    optimizer: str = "sgd"
-    epochs: int = 25
+    optimizer: str = "sgd"  # gradient descent on batches, or 'newton', which has no use for OF_SGD
+    epochs: int = 25  # passes over the training set, or Newton steps at the most
     batch_size: int = 256
-    lr: float = 1.5
+    lr: float = 1.5  # the learning rate before the schedule's factor
     schedule: str = "cosine"
-    weight_decay: float = 0.0
-    seed: int = 0
+    weight_decay: float = 0.0  # λ of the penalty λ/2 ‖W‖²
+    seed: int = 0  # of the initial weights and of the order of the examples
 
     def __post_init__(self) -> None:
         checks.one_of("optimizer", self.optimizer, tuple(UNITS))

@@ -84,13 +84,10 @@ def batch_update(
         model: Its weight w and bias b are updated; the bias does not decay.
         input: x, floating point of shape (B, in_features).
         target: y, int64 class indices of shape (B,) or probabilities of shape (B, num_classes).
-        lr: α, at least 0.
-        weight_decay: λ, at least 0.
+        lr: α, finite and at least 0.
+        weight_decay: λ, finite and at least 0.
         ranks: The processes that share the batch, each with its part in x and y; the loss is the
             mean over all their targets that are not ignored.
-
-    Returns:
-        The mean loss and the predicted classes before the step.
 
     Example:
         >>> model = SoftmaxRegression(2, 3)

@@ -38,7 +38,7 @@ def onnx_file(checkpoint):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", export.EXPORT_FORMATS)
 def test_the_exported_file_gives_the_probabilities(request, checkpoint, format, batch_size):
     pixels = torch.rand(batch_size, 64)
     if format == "pt2":

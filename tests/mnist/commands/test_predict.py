@@ -1,8 +1,7 @@
 """The command that predicts: its chart, its JSON, folders, and files it can't use."""
 
 import json
-import subprocess
-import sys
+import runpy
 from dataclasses import replace
 
 import pytest
@@ -98,11 +97,11 @@ def test_json_has_path_class_and_all_probabilities(run_dir, scans, seven, capsys
     assert sum(first["probabilities"]) == pytest.approx(1, abs=1e-6)
 
 
-def test_as_a_command_of_its_own(run_dir, seven):
-    command = [sys.executable, ROOT / "scripts" / "predict.py", run_dir, seven]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{seven}: 7\n")
-    assert done.stderr == ""
+def test_as_a_script(run_dir, seven, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["predict.py", str(run_dir), str(seven)])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "scripts" / "predict.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"{seven}: 7\n")
 
 
 # What it can't use

@@ -9,44 +9,16 @@ import torch
 from tests.distributed.world import World
 from tests.helpers import ROOT
 from torch_softmax import SoftmaxRegression
-from torch_softmax.__main__ import main
 from torch_softmax.distributed.data_parallel import Ranks, join_ranks
 from torch_softmax.mnist import runs
 from torch_softmax.mnist.checkpoints import Checkpoint, load_checkpoint
-from torch_softmax.mnist.data import BatchIndices, load_dataset
+from torch_softmax.mnist.data import BatchLoader, ImageDataset, load_dataset
 from torch_softmax.mnist.download import DataError
-from torch_softmax.mnist.settings import newton_defaults
+from torch_softmax.mnist.settings import Settings, newton_defaults
 from torch_softmax.mnist.training import batch_update
 
-# 1,442 examples in batches of 67 leave a last one of 35, which two processes can't halve.
 SCRIPT = ROOT / "train_mnist.py"
 TORCHRUN = [*(sys.executable, "-m", "torch.distributed.run"), "--standalone", "--nproc-per-node=2"]
-OPTIONS = ["--dataset", "digits", "--epochs", "2", "--batch-size", "67", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """A run directory that torchrun's two processes have written, and what they have printed."""
-    directory = tmp_path_factory.mktemp("two")
-    command = [*TORCHRUN, SCRIPT, *OPTIONS, "--output-dir", directory]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return directory, result.stdout
-
-
-def test_two_processes_train_the_weights_of_one(two_processes, tmp_path):
-    assert main(["train", *OPTIONS, "--output-dir", str(tmp_path)]) == 0
-    alone, together = load_checkpoint(tmp_path), load_checkpoint(two_processes[0])
-    for name, weight in alone.model.items():
-        torch.testing.assert_close(together.model[name], weight, rtol=0, atol=1e-6)
-    assert [e["accuracy"] for e in together.history] == [e["accuracy"] for e in alone.history]
-
-
-def test_only_the_first_process_reports(two_processes):
-    directory, printed = two_processes
-    assert printed.count("test accuracy") == 1
-    assert printed.count("epoch 2/2") == 1
-    assert sorted(path.name for path in directory.iterdir()) == ["metrics.json", "model.pt"]
 
 
 def lines_of_ours(printed):
@@ -55,27 +27,19 @@ def lines_of_ours(printed):
 
 
 def test_data_that_cannot_be_had_are_one_line_of_all_processes(tmp_path):
-    (tmp_path / "MNIST").write_text("in the way of the folder")
-    script = tmp_path / "train_mnist.py"
-    script.write_text(
-        "from torchvision.datasets import MNIST\n"
-        "MNIST.mirrors = ['http://127.0.0.1:1/']\n"
-        "from torch_softmax.__main__ import main\n"
-        "raise SystemExit(main())\n"
-    )
-    data = ["--dataset=mnist", f"--data-dir={tmp_path}", "--device=cpu"]
-    run = [*TORCHRUN, script, "train", *data, f"--output-dir={tmp_path / 'run'}"]
+    data = ["--dataset=idx", f"--data-dir={tmp_path}", "--device=cpu"]
+    run = [*TORCHRUN, SCRIPT, *data, f"--output-dir={tmp_path / 'run'}"]
     result = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
     (line,) = lines_of_ours(result.stderr)
-    assert line.startswith(f"torch-softmax train: MNIST is not in {tmp_path / 'MNIST' / 'raw'}")
+    assert line.startswith("torch-softmax train: idx needs the files train-images-idx3-ubyte, ")
     # The one traceback is torchrun's own, about processes that have ended.
     assert result.stderr.count("Traceback") == 1
     assert "DataNotFoundError" not in result.stderr
 
 
 def interrupted_under_torchrun(directory):
-    """What is on stderr after Ctrl-C in a terminal, which reaches torchrun and its processes."""
+    """What is printed before and after Ctrl-C, which reaches torchrun and its processes."""
     options = ["--dataset=digits", "--epochs=100000", "--schedule=constant", "--device=cpu"]
     run = subprocess.Popen(
         [*TORCHRUN, SCRIPT, *options, f"--output-dir={directory}"],
@@ -85,32 +49,37 @@ def interrupted_under_torchrun(directory):
         start_new_session=True,
     )
     try:
-        for line in run.stdout:
-            if line.startswith("epoch"):
-                break
+        first = [line for _, line in zip(range(3), run.stdout, strict=False)]
         os.killpg(run.pid, signal.SIGINT)
-        return run.communicate(timeout=120)[1]
+        out, err = run.communicate(timeout=120)
+        return "".join(first) + out, err
     finally:
         run.kill()
 
 
-def test_an_interruption_of_torchrun_tells_how_to_go_on_with_it(tmp_path):
+def test_the_first_process_reports_and_an_interruption_tells_how_to_go_on(tmp_path):
     directory = tmp_path / "run"
-    (line,) = lines_of_ours(interrupted_under_torchrun(directory))
+    out, err = interrupted_under_torchrun(directory)
+    (line,) = lines_of_ours(err)
     assert line == (
         "torch-softmax train: interrupted; go on with: torchrun --nproc-per-node 2 "
         f"-m torch_softmax resume {directory} --device cpu"
     )
-    assert load_checkpoint(directory).epoch > 0
+    epochs = [line.split()[1] for line in out.splitlines() if line.startswith("epoch")]
+    assert epochs == [f"{number}/100000" for number in range(1, len(epochs) + 1)]
+    assert load_checkpoint(directory).epoch == len(epochs)
+    assert [path.name for path in directory.iterdir()] == ["model.pt"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_the_parts_of_all_ranks_are_the_batches(size):
+    numbered = ImageDataset(torch.zeros(20, 1, dtype=torch.uint8), torch.arange(20), 255)
     parts = []
     for rank in range(size):
         generator = torch.Generator().manual_seed(0)
-        parts.append(list(BatchIndices(20, 6, generator, Ranks(rank, size))))
-    whole = list(BatchIndices(20, 6, torch.Generator().manual_seed(0)))
+        loader = BatchLoader(numbered, 6, generator, Ranks(rank, size))
+        parts.append([labels for _, labels in loader])
+    whole = [labels for _, labels in BatchLoader(numbered, 6, torch.Generator().manual_seed(0))]
     for batch, *shares in zip(whole, *parts, strict=True):
         assert sorted(torch.cat(shares).tolist()) == sorted(batch.tolist())
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -172,7 +141,7 @@ def updated_on_rank(mesh, kind):
     return updated(Ranks(mesh.get_rank(), mesh.size()), kind)
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids="{}ranks".format)
+@pytest.fixture(scope="module", params=[3], ids="{}ranks".format)
 def world(request):
     with World(request.param) as world:
         yield world
@@ -189,24 +158,32 @@ def test_the_ranks_take_the_step_of_one_process(world, kind):
             torch.testing.assert_close(value, of_one, rtol=0, atol=1e-6)
 
 
-def by_newton(ranks):
-    """The last state of a run by Newton's method."""
+# 1,442 examples in batches of 67 leave a last one of 35, which the ranks can't share equally.
+BATCHES = Settings(epochs=2, batch_size=67, lr=1.0)
+
+
+def trained(ranks, train, settings):
+    """The last state of a run on the digits."""
     data = load_dataset("digits", "nowhere")
-    checkpoint = Checkpoint.start(newton_defaults(len(data.train)), data)
-    return runs.train_by_newton(checkpoint, data.train, None, ranks)
+    return train(Checkpoint.start(settings, data), data.train, None, ranks)
 
 
-def by_newton_on_rank(mesh):
-    return by_newton(Ranks(mesh.get_rank(), mesh.size()))
+def trained_on_rank(mesh, *run):
+    return trained(Ranks(mesh.get_rank(), mesh.size()), *run)
 
 
-def test_the_ranks_go_to_the_optimum_of_one_process_by_newton(world):
-    expected = by_newton(Ranks())
-    for result in world.run(by_newton_on_rank):
+@pytest.mark.parametrize(
+    ("train", "settings", "tolerance"),
+    [(runs.train_by_batches, BATCHES, 1e-6), (runs.train_by_newton, newton_defaults(1442), 1e-3)],
+)
+def test_the_ranks_train_the_weights_of_one_process(world, train, settings, tolerance):
+    expected = trained(Ranks(), train, settings)
+    for result in world.run(trained_on_rank, train, settings):
         for name, weight in expected.model.items():
-            torch.testing.assert_close(result.model[name], weight, rtol=0, atol=1e-3)
-        losses = [checkpoint.history[-1]["loss"] for checkpoint in (result, expected)]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+            torch.testing.assert_close(result.model[name], weight, rtol=0, atol=tolerance)
+        for told, of_one in zip(result.history, expected.history, strict=False):
+            assert told["accuracy"] == of_one["accuracy"]
+            assert told["loss"] == pytest.approx(of_one["loss"], abs=1e-5)
 
 
 def failures_on_rank(mesh, context, failing):

@@ -1,17 +1,15 @@
 """Evaluate a trained classifier: accuracy, loss, calibration, and rates of each class.
 
-    torch-softmax evaluate runs/short
     torch-softmax evaluate runs/short --dataset kmnist --json > evaluation.json
 
-Each number comes with a 95 % interval: the range it could have on other examples of the same kind,
-for this classifier. A number without meaning, such as the precision of a class that was never
-predicted, is `undefined`, and null in JSON.
+Each number but the calibration error comes with a 95 % interval. A number without meaning, such as
+the precision of a class that was never predicted, is `undefined`, and null in JSON.
 """
 
 import argparse
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..._command_line import Parser, table
 from ..settings import DATASETS, NUM_CLASSES
@@ -50,20 +48,26 @@ def run(args: argparse.Namespace) -> None:
 
     checkpoint = load_checkpoint(args.run_dir)
     data = checkpoint.load_data(args.data_dir, args.dataset)
-    images, estimates = evaluate(checkpoint.build_model(), data.test)
+    results = estimate(checkpoint.build_model(), data.test)
     if args.json:
         heading = {"checkpoint": str(args.run_dir), "dataset": data.name, "images": len(data.test)}
         # Python would write nan, which is not JSON.
-        print(json.dumps(heading | to_json(images, estimates), indent=2, allow_nan=False))
+        print(json.dumps(heading | to_json(results), indent=2, allow_nan=False))
     else:
         print(f"{args.run_dir} on the {len(data.test):,} test images of {data.name}\n")
-        print(report(images, estimates))
+        print(report(results))
 
 
-def evaluate(
-    model: "SoftmaxRegression", test: "ImageDataset"
-) -> tuple[list[int], dict[str, "Estimate"]]:
-    """Return the number of images of each class, and every estimate by its name."""
+class Results(NamedTuple):
+    """The number of images of each class, the estimates by name, and the calibration error."""
+
+    images: list[int]
+    estimates: "dict[str, Estimate]"
+    calibration_error: float
+
+
+def estimate(model: "SoftmaxRegression", test: "ImageDataset") -> Results:
+    """Estimate everything from the predictions for some examples."""
     import torch
 
     from ...functional import cross_entropy, softmax
@@ -73,32 +77,29 @@ def evaluate(
     with torch.no_grad():
         logits = model(images)
     confusion = metrics.confusion_matrix(labels, logits.argmax(1), NUM_CLASSES)
-    return confusion.sum(1).tolist(), {
-        **metrics.rates(confusion),
-        "loss": metrics.mean(cross_entropy(logits, labels, reduction="none")),
-        "expected_calibration_error": metrics.estimate_calibration_error(softmax(logits), labels),
-    }
+    loss = metrics.mean(cross_entropy(logits, labels, reduction="none"))
+    error = metrics.calibration_curve(softmax(logits), labels).error.item()
+    return Results(confusion.sum(1).tolist(), {**metrics.rates(confusion), "loss": loss}, error)
 
 
-def to_json(images: list[int], estimates: dict[str, "Estimate"]) -> dict[str, Any]:
+def to_json(results: Results) -> dict[str, Any]:
     """Return the numbers as JSON can hold them, with how their intervals were made."""
-    from ..metrics import CALIBRATION_BINS, RESAMPLES
+    from ..metrics import CALIBRATION_BINS
 
+    estimates = results.estimates
+    methods = dict.fromkeys(("accuracy", "precision", "recall"), "Wilson")
     return {
-        **{name: numbers(e) for name, e in estimates.items() if name not in RATES},
+        "accuracy": numbers(estimates["accuracy"]),
+        "loss": numbers(estimates["loss"]),
+        "expected_calibration_error": results.calibration_error,
+        "calibration_bins": CALIBRATION_BINS,
         "classes": [
             {"class": k, "images": n, **{name: numbers(estimates[name], k) for name in RATES}}
-            for k, n in enumerate(images)
+            for k, n in enumerate(results.images)
         ],
-        "calibration_bins": CALIBRATION_BINS,
         "interval": {
             "level": 0.95,
-            "methods": {
-                **dict.fromkeys(("accuracy", "precision", "recall"), "Wilson"),
-                "F1": "Wilson of F1 / (2 - F1)",
-                "loss": "normal",
-                "expected_calibration_error": f"bootstrap, {RESAMPLES} resamples",
-            },
+            "methods": {**methods, "F1": "Wilson of F1 / (2 - F1)", "loss": "normal"},
         },
     }
 
@@ -109,24 +110,24 @@ def numbers(estimate: "Estimate", *index: int) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def report(images: list[int], estimates: dict[str, "Estimate"]) -> str:
+def report(results: Results) -> str:
     """Return the numbers as lines of at most 80 columns."""
-    from ..metrics import CALIBRATION_BINS, RESAMPLES
+    from ..metrics import CALIBRATION_BINS
 
+    estimates = results.estimates
     overall = [
         ("accuracy, %", text(estimates["accuracy"], "7.2f", 100)),
-        ("calibration error, %", text(estimates["expected_calibration_error"], "7.2f", 100)),
         ("loss", text(estimates["loss"], "7.4f")),
+        ("calibration error, %", f"{100 * results.calibration_error:.2f}"),
     ]
     rows = [("class", "images", *(f"{name}, %" for name in RATES))]
-    for k, n in enumerate(images):
+    for k, n in enumerate(results.images):
         rates = (text(estimates[name], "5.1f", 100, k) for name in RATES)
         rows.append((str(k), f"{n:,}", *rates))
     return (
         f"{table(overall)}\n\n{table(rows)}\n\n"
-        "In brackets: 95% intervals, which are Wilson's for accuracy, precision, recall\n"
-        f"and F1, normal for the loss, and by {RESAMPLES:,} bootstrap resamples for the\n"
-        f"calibration error (ECE of the likeliest class, {CALIBRATION_BINS} bins of equal width)."
+        "In brackets: 95% intervals, Wilson's for rates and normal for the loss. The\n"
+        f"calibration error is of the likeliest class, in {CALIBRATION_BINS} bins of equal width."
     )
 
 

@@ -1,8 +1,5 @@
 """Export a trained classifier for use without this package, by torch.export or as ONNX.
 
-    torch-softmax export runs/short                  # runs/short/model.pt2
-    torch-softmax export runs/short --format onnx    # runs/short/model.onnx
-
 Both take `pixels` and return `probabilities`, for any batch size, as does the function
 `torch.export.load("model.pt2").module()`. The file also holds the name of the data set and the
 meaning of input and output: a .pt2 as the extra file description.json, ONNX as metadata.
@@ -23,11 +20,9 @@ from ._options import add_run_argument
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FORMATS = ("pt2", "onnx")
+EXPORT_FORMATS = ("pt2", "onnx")
 BATCH_SIZES = (1, 2, 1000)  # to compare on
 TOLERANCE = 1e-4  # of a probability: other sums round otherwise, wrong ones are off by far more
-
-Description = dict[str, str]
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -43,7 +38,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     add_run_argument(parser)
     parser.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=EXPORT_FORMATS,
         help="pt2 is for torch.export.load; onnx needs the extra [onnx] "
         "(default: what --output ends in, else pt2)",
     )
@@ -95,14 +90,14 @@ def choose_output(checkpoint: Path, format: str | None, output: Path | None) -> 
 
     if output is None:
         beside = checkpoint / CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
-        return beside.with_suffix(f".{format or FORMATS[0]}")
-    endings = [f".{format}"] if format else [f".{name}" for name in FORMATS]
+        return beside.with_suffix(f".{format or EXPORT_FORMATS[0]}")
+    endings = [f".{format}"] if format else [f".{name}" for name in EXPORT_FORMATS]
     if output.suffix not in endings:
         raise ValueError(f"output must end in {' or '.join(endings)}, got {str(output)!r}")
     return output
 
 
-def write_pt2(classifier: "nn.Module", example: "Tensor", description: Description) -> bytes:
+def write_pt2(classifier: "nn.Module", example: "Tensor", description: dict[str, str]) -> bytes:
     """Return the file that torch.export.load reads."""
     import torch
 
@@ -121,15 +116,16 @@ def read_pt2(content: bytes) -> "Callable[[Tensor], Tensor]":
     return torch.export.load(io.BytesIO(content)).module()
 
 
-def write_onnx(classifier: "nn.Module", example: "Tensor", description: Description) -> bytes:
+def write_onnx(classifier: "nn.Module", example: "Tensor", description: dict[str, str]) -> bytes:
     """Return the ONNX file, by torch's own exporter."""
     import torch
 
+    shapes = ({0: torch.export.Dim("batch")},)
     program = torch.onnx.export(
         classifier,
         (example,),
         dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=shapes,
         input_names=["pixels"],
         output_names=["probabilities"],
         verbose=False,

@@ -1,7 +1,4 @@
-"""Draw a report of a training run on one page: weights, curves, confusion, calibration, mistakes.
-
-torch-softmax plot runs/mnist-20260131-120000      # report.png in that directory
-"""
+"""Draw a report of a training run on one page: weights, curves, mistakes."""
 
 import argparse
 import math
@@ -82,12 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def draw_run(checkpoint: "Checkpoint", test: "ImageDataset") -> "Figure":
-    """Return the page about a run, with a panel's name as the label of its axes.
-
-    Args:
-        checkpoint: The run.
-        test: Examples that it has not seen, of as many pixels as its model takes.
-    """
+    """Return the page about a run and its test examples; its axes are labelled by panel."""
     import torch
     from matplotlib.figure import Figure
 

@@ -1,15 +1,9 @@
 """Predict the digit in each picture, from PNG, JPEG and similar files.
 
-    torch-softmax predict runs/short photo.jpg scans/
-    torch-softmax predict runs/short --json scans/ > predictions.json
+    torch-softmax predict runs/short --json photo.jpg scans/ > predictions.json
 
-A picture shows one digit, dark on light or light on dark, on an even ground. It is cropped, scaled
-and centred like the images that the classifier was trained on (see `mnist.pictures`). A folder
-stands for the files in it that are named like pictures, in order of their names.
-
-A picture that can't be used is one line on stderr. The exit status is 1 if a file can't be read,
-otherwise 3 if a picture doesn't show one digit. With --json there is one object for each picture,
-with an error in place of a class if the picture can't be used.
+See `mnist.pictures` for what is read and what is refused. A picture that can't be used is one line
+on stderr, and with --json an object with an error in place of a class.
 """
 
 import argparse
@@ -61,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from ..pictures import NoDigitError, PictureError, normalize, read_grey
 
     if "OMP_NUM_THREADS" not in os.environ:
-        # A picture is too little work to share: where another process holds a core, waiting for
-        # the second thread takes twenty times as long as the work.
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # a picture is too little work to share
     checkpoint = load_checkpoint(args.run_dir)
     model, frame = checkpoint.build_model(), frame_for(checkpoint)
     results: list[dict[str, Any]] = []

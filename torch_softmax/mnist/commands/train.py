@@ -1,8 +1,4 @@
-"""Train softmax regression on MNIST, or a data set like it, or go on with an interrupted run.
-
-torch-softmax train --dataset mnist --output-dir runs/first
-torch-softmax resume runs/first
-"""
+"""Train softmax regression on MNIST, or a data set like it, or go on with an interrupted run."""
 
 import argparse
 import shlex
@@ -20,26 +16,13 @@ if TYPE_CHECKING:
     from ...distributed.data_parallel import Ranks
     from ..runs import Run
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--optimizer": {
-        "choices": tuple(UNITS),
-        "help": "sgd (the default) goes from batch to batch; newton, with L2, to the optimum",
-    },
-    "--epochs": {
-        "type": int,
-        "metavar": "N",
-        "help": "passes over the training set, or Newton steps at the most",
-    },
-    "--batch-size": {"type": int, "metavar": "N", "help": "examples for one update"},
-    "--lr": {"type": float, "metavar": "X", "help": "learning rate at the start"},
-    "--schedule": {"choices": tuple(SCHEDULES), "help": "how the learning rate changes"},
-    "--weight-decay": {"type": float, "metavar": "X", "help": "factor of the L2 penalty"},
-    "--seed": {
-        "type": int,
-        "metavar": "N",
-        "help": "of the initial weights and the order of the examples",
-    },
-}
+NUMBERS = (
+    ("--epochs", int, "passes over the training set, or Newton steps at the most"),
+    ("--batch-size", int, "examples for one update"),
+    ("--lr", float, "learning rate at the start"),
+    ("--weight-decay", float, "factor of the L2 penalty"),
+    ("--seed", int, "of the initial weights and the order of the examples"),
+)
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -55,8 +38,14 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     add_data_options(parser)
     # An option that is not given is not in the result, so that the data set's default stands.
     training = parser.add_argument_group("training", argument_default=argparse.SUPPRESS)
-    for name, options in OPTIONS.items():
-        training.add_argument(name, **options)
+    training.add_argument(
+        "--optimizer",
+        choices=tuple(UNITS),
+        help="sgd (the default) goes from batch to batch; newton, with L2, to the optimum",
+    )
+    training.add_argument("--schedule", choices=tuple(SCHEDULES), help="of the learning rate")
+    for name, kind, text in NUMBERS:
+        training.add_argument(name, type=kind, metavar="NX"[kind is float], help=text)
     add_device_option(parser)
     parser.add_argument(
         "--output-dir",
