@@ -33,8 +33,8 @@ TESTS_OF = {
     "losses/_formulas.py": "losses/test_row_functions losses/test_log_prob losses/test_logits "
     "losses/test_extra",
     "losses/_numbers.py": "losses/test_extra losses/test_log_prob losses/test_row_functions",
-    "losses/_targets.py": "losses/test_extra losses/test_left_out_rows losses/test_mapped "
-    "losses/test_logits losses/test_compiled",
+    "losses/_targets.py": "losses/test_extra losses/test_logits losses/test_left_out_rows "
+    "losses/test_mapped losses/test_compiled",
     "losses/logits.py": "losses/test_extra losses/test_logits losses/test_linear",
     "losses/distillation.py": "losses/test_distillation losses/test_row_functions",
     "losses/mapped.py": "losses/test_mapped",
