@@ -346,7 +346,7 @@ def linear_distillation(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes don't fit, or an option is unknown or unfit.
-        NotImplementedError: A weight is sharded.
+        NotImplementedError: A weight is sharded, or compiled code takes a second derivative.
 
     Example:
         >>> rows, weight = torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]])

@@ -302,7 +302,7 @@ CHANGES: dict[str, list[tuple[str, str, Change | str]]] = {
             "Divergence.first",
             given(at__logits=lambda z: z[::-1]),
         ),
-        ("distillation gradient: T = 1", "return self.temperature * g", "return g"),
+        ("distillation gradient: T = 1", "self.temperature * g * per_row", "g * per_row"),
         ("distillation: forget the factor", "Divergence.first", given(at__results=(1.0,))),
     ],
     "losses/mapped.py": [

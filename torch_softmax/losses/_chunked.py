@@ -56,6 +56,14 @@ def restored(values: Tensor, index: Tensor | None, count: int) -> Tensor:
     return values.new_zeros(count, *values.shape[1:]).index_copy(0, index, values)
 
 
+def put_back(
+    results: tuple[Tensor, ...], has_rows: Mask, index: Tensor | None, count: int
+) -> tuple[Tensor, ...]:
+    """Results of the rows that count, of which those with rows are `restored`."""
+    pairs = zip(results, has_rows, strict=True)
+    return tuple(restored(result, index, count) if named else result for result, named in pairs)
+
+
 def write(results: list[Tensor], rows: slice, parts: tuple[Tensor, ...], count: int) -> None:
     """Write the results of some rows, in order, among the results of all that count.
 
@@ -126,10 +134,7 @@ class Plan:
             else:
                 number = len(first) if self.index is None else len(self.index)
                 results = self._run_in_chunks(tensors, number)
-        return tuple(
-            restored(result, self.index, len(first)) if has_rows else result
-            for result, has_rows in zip(results, self.rows_out, strict=True)
-        )
+        return put_back(results, self.rows_out, self.index, len(first))
 
     def _run_in_chunks(self, tensors: Tensors, number: int) -> tuple[Tensor, ...]:
         """The results by the function itself, with the rows that count alone."""

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._transforms import is_plain, is_transformed
 from ._autograd import Mask, Tensors, may_take_gradients, merge, select, split
-from ._chunked import chunked, restored, sum_of_products, taken_along
+from ._chunked import chunked, put_back, sum_of_products, taken_along
 from ._dtypes import accumulation_dtype
 from ._rows import How, Operands, RowFunction
 from ._sweeps import LoopSweep, Work, plan_of, results_sweep, sum_with_gradients, total_of
@@ -167,13 +167,9 @@ def _run(*description: Any) -> list[Tensor]:
     """The results of a sweep."""
     sweep, tensors = _read(*description)
     _, counted, *_ = description
-    index = _index(counted)
-    first, *_ = tensors
+    index, (first, *_) = _index(counted), tensors
     assert first is not None
-    operands, results = split(sweep.wanted, sweep.operands)
-    has_rows = (*select(sweep.function.has_rows, operands), *select(results, results))
-    pairs = zip(sweep.run(tensors, index), has_rows, strict=True)
-    return [restored(result, index, len(first)) if has else result for result, has in pairs]
+    return list(put_back(sweep.run(tensors, index), sweep.rows_out, index, len(first)))
 
 
 @_run.register_fake

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import Mask, Tensors, merge, select, split
-from ._chunked import Plan, Sum, Total, cut, read, restored, slices, sum_of_products, write
+from ._chunked import Plan, Sum, Total, cut, put_back, read, slices, sum_of_products, write
 from ._dtypes import accumulation_dtype, cast
 from ._products import (
     add_multiplied_,
@@ -251,10 +251,15 @@ class _MovingHead(_Head):
             or (wanted.W is not None and moves.x is not None)
         )
 
-    def move(self, group: slice, work: Work) -> Tensor:
+    def load(self, rows: slice, work: Work) -> Tensor:
+        """The logits of a chunk, with the change of its x."""
+        ux, *_ = self.along
+        self.ux = None if ux is None else read(ux, rows, work.index)
+        return super().load(rows, work)
+
+    def move(self, group: slice) -> Tensor:
         """The changes u = x uWᵀ + ux Wᵀ + ub along some of the directions, (n, m K)."""
-        ux = self.along.x if self.along.x is None else read(self.along.x, self.rows, work.index)
-        self.ux = ux
+        ux = self.ux
         if self.changes is None:
             return torch.zeros_like(self.x) if ux is None else ux
         _, uW, ub = self.along
@@ -322,7 +327,7 @@ def second_order(
         points: Iterable[Any] = starmap(point_of, work.blocks(chunk, head.load(chunk, work)))
         points = points if len(groups) == 1 else list(points)
         for group in groups:
-            change, out = head.move(group, work), head.part(group)
+            change, out = head.move(group), head.part(group)
             h: Tensor | None = None
             g: Tensor | None = None
             for block, rows, at, point in points:
@@ -378,6 +383,12 @@ class LoopSweep:
     def operands(self) -> int:
         """The number of operands."""
         return len(self.function.has_rows)
+
+    @property
+    def rows_out(self) -> Mask:
+        """Which of the gradients and results have rows."""
+        has_rows = (*self.function.has_rows, *(True,) * self.function.results)
+        return select(has_rows, self.wanted)
 
     def run(self, tensors: Tensors, index: Tensor | None) -> tuple[Tensor, ...]:
         """The results or gradients, of the shapes of what they are by."""
@@ -482,18 +493,11 @@ def sum_with_gradients(work: Work, factors: Tensors, needed: Mask, by_factors: M
     function, index = work.function, work.index
     one = tuple(1.0 if factor is None else factor for factor in factors)
     values, gradients = first_order(work, one, function.operands(needed))
-    counting = (f if f is None or index is None else f[index] for f in factors)
+    every = slice(0, work.count)
+    counting = (None if factor is None else read(factor, every, index) for factor in factors)
     total = sum_of_products(values, tuple(counting))
+    wanted, has_rows = (*needed, *by_factors), (*function.has_rows, *(True,) * function.results)
+    present = select((*gradients.flat(), *values), wanted)
     (layer, *_), _ = work.operands
-    results = (
-        *gradients.flat(),
-        *(v if w else None for v, w in zip(values, by_factors, strict=True)),
-    )
-    has_rows = (*function.has_rows, *(True for _ in values))
-    return Sum(
-        total,
-        tuple(
-            restored(r, index, len(layer.x)) if has and r is not None else r
-            for r, has in zip(results, has_rows, strict=True)
-        ),
-    )
+    present = put_back(present, select(has_rows, wanted), index, len(layer.x))
+    return Sum(total, merge((None,) * len(wanted), wanted, present))

@@ -73,31 +73,29 @@ class Divergence(RowFunction):
     def first(self, at: Parts, needed: Parts) -> Parts:
         """The divergence and its gradients by hand."""
         log_q, log_p = logs = [torch.log_softmax(z / self.temperature, 1) for z in at.logits]
-        mean = [log_mean(log_p, log_q, self.beta)] * 2 if self.divergence == "jsd" else None
-        sides = [
-            (log.exp(), (log - other).masked_fill(log == -torch.inf, 0))
-            for log, other in zip(logs, mean or logs[::-1], strict=True)
-        ]
+        others = logs[::-1]
+        if self.divergence == "jsd":
+            others = [log_mean(log_p, log_q, self.beta)] * 2
+        both = [log.exp() for log in logs]
+        terms: list[Tensor] = []
+        gradients: list[Tensor | None] = []
+        sides = zip(logs, others, both, both[::-1], self.shares, needed.logits, strict=True)
+        for log, other, p, q, share, by_z in sides:
+            g = p - q if by_z and not share else None
+            if share and (by_z or all(needed.results)):
+                ratio = (log - other).masked_fill(log == -torch.inf, 0)
+                mean = (p * ratio).sum(1, keepdim=True)  # p·ρ, which is the KL itself
+                terms.append(share * mean)
+                g = p * (ratio - mean) * share if by_z else None  # J ρ
+            gradients.append(g)
         values = tuple[Tensor, ...]()
         if all(needed.results):
-            pairs = zip(sides, self.shares, strict=True)
-            terms = [share * (p * ratio).sum(1) for (p, ratio), share in pairs if share]
-            values = (self.temperature**2 * torch.stack(terms).sum(0),)
+            values = (self.temperature**2 * torch.stack(terms).sum(0).squeeze(1),)
         (factor,) = at.results
-
-        def gradient(i: int, share: float) -> Tensor:
-            p, ratio = sides[i]
-            # J ρ = p ∘ (ρ − p·ρ), or the difference of both distributions
-            g = (
-                p * (ratio - (p * ratio).sum(1, keepdim=True)) * share
-                if share
-                else p - sides[1 - i][0]
-            )
-            return self.temperature * g * per_row(factor, g)
-
-        triples = zip(needed.logits, range(2), self.shares, strict=True)
-        gradients = tuple(gradient(i, share) if by_z else None for by_z, i, share in triples)
-        return Parts(gradients, (), values)
+        by_logits = (
+            None if g is None else self.temperature * g * per_row(factor, g) for g in gradients
+        )
+        return Parts(tuple(by_logits), (), values)
 
 
 def divergence_of(divergence: str, beta: object, temperature: object) -> Divergence:

@@ -75,9 +75,9 @@ def _missing(folder: Path) -> list[str]:
 def _download(class_name: str, folder: Path) -> None:
     """Let torchvision download each missing file from its mirrors, and check its MD5 sum."""
     from torchvision import datasets  # slow, and needed only here
-    from torchvision.datasets.utils import download_url
 
     dataset = getattr(datasets, class_name)
+    checksums = dict(dataset.resources)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:
@@ -85,16 +85,7 @@ def _download(class_name: str, folder: Path) -> None:
             packed, failures = f"{name}.gz", []
             for mirror in dataset.mirrors:
                 try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    # A file gets its name only once it is whole. The bar is for terminals only.
-                    with (
-                        tempfile.TemporaryDirectory(dir=folder) as scratch,
-                        redirect_stdout(io.StringIO()),
-                        redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()),
-                    ):
-                        checksum = dict(dataset.resources)[packed]
-                        download_url(mirror + packed, scratch, packed, checksum)
-                        Path(scratch, packed).replace(folder / packed)
+                    _fetch(mirror + packed, folder / packed, checksums[packed])
                     break
                 except (OSError, RuntimeError, HTTPException) as error:
                     failures.append(f"{mirror}: {' '.join(str(error).split())}")
@@ -105,6 +96,20 @@ def _download(class_name: str, folder: Path) -> None:
                 )
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+def _fetch(url: str, path: Path, checksum: str) -> None:
+    """Download a file, which gets its name only once it is whole; the bar is for terminals only."""
+    from torchvision.datasets.utils import download_url
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent) as scratch,
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()),
+    ):
+        download_url(url, scratch, path.name, checksum)
+        Path(scratch, path.name).replace(path)
 
 
 def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
